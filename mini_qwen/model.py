@@ -1,0 +1,141 @@
+"""The model: a Qwen2.5 config, resized and randomly initialised, or a checkpoint loaded with fp32 weights."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config
+
+from mini_qwen.training import choose_attention
+
+SIZES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "vocab_size",
+)
+
+
+@dataclass
+class NewModel:
+    """Recipe keys of a model that starts from random weights: a base config and the sizes to change in it."""
+
+    base_config: str = "models/Qwen2.5-0.5B-Instruct"  # folder with a Qwen2 config.json
+    tokenizer: str = "models/Qwen2.5-0.5B-Instruct"  # folder with a tokenizer.json
+    hidden_size: int | None = None
+    num_hidden_layers: int | None = None
+    num_attention_heads: int | None = None
+    num_key_value_heads: int | None = None
+    intermediate_size: int | None = None
+    vocab_size: int | None = None  # rows of the embedding, at least the tokenizer's size
+    max_position_embeddings: int | None = None  # tokens
+    attn_implementation: str = "auto"
+
+
+@dataclass
+class TrainedModel:
+    """Recipe keys of a model that goes on from a checkpoint folder, which brings its tokenizer."""
+
+    checkpoint: str
+    attn_implementation: str = "auto"
+
+
+def resize_config(base: dict[str, Any], changes: dict[str, int]) -> Qwen2Config:
+    """A Qwen2Config with `changes` applied to the raw values of `base`.
+
+    It is built anew, because a loaded config carries lists made for its old depth: raising num_hidden_layers on one
+    breaks at construction, lowering it at the first save.
+
+    Raises SystemExit for sizes that cannot work, with the numbers and the nearest ones that do.
+    """
+    made_for_base = ("layer_types", "torch_dtype", "dtype")
+    values = {key: value for key, value in base.items() if key not in made_for_base} | changes
+    hidden, heads, kv_heads = values["hidden_size"], values["num_attention_heads"], values["num_key_value_heads"]
+    wrong = {key: values[key] for key in SIZES if values[key] < 1}
+    if wrong:
+        raise SystemExit(f"Model sizes must be at least 1, but the recipe has {wrong}.")
+    if hidden % heads or (hidden // heads) % 2:
+        works = sorted((n for n in range(1, hidden + 1) if hidden % (2 * n) == 0), key=lambda n: abs(n - heads))[:2]
+        raise SystemExit(
+            f"hidden_size {hidden} cannot be shared by num_attention_heads {heads}: each head needs the same even "
+            f"number of dimensions. Nearest num_attention_heads that work: {works}."
+        )
+    if heads % kv_heads:
+        works = sorted((n for n in range(1, heads + 1) if heads % n == 0), key=lambda n: abs(n - kv_heads))[:2]
+        raise SystemExit(
+            f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}. Nearest "
+            f"num_key_value_heads that work: {works}."
+        )
+    return Qwen2Config(**values)
+
+
+def check_vocabulary(vocab_size: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    if vocab_size < len(tokenizer):
+        raise SystemExit(
+            f"The tokenizer has {len(tokenizer):,} tokens, but the model's vocab_size is {vocab_size:,}: the last "
+            f"ones would have no embedding. Set vocab_size to {-(-len(tokenizer) // 64) * 64:,} or more."
+        )
+
+
+def build_model(args: NewModel, tokenizer: PreTrainedTokenizerBase, precision: str, stage: str) -> PreTrainedModel:
+    """A randomly initialised causal language model with fp32 weights, whatever type it computes in.
+
+    bf16 weights with a plain optimizer would lose small updates: at lr 1e-4 only 64% of them ever changed.
+    """
+    path = Path(args.base_config) / "config.json"
+    if not path.is_file():
+        raise SystemExit(f"base_config '{args.base_config}' is not a folder with a config.json.")
+    changes = {key: getattr(args, key) for key in (*SIZES, "max_position_embeddings")}
+    changes = {key: value for key, value in changes.items() if value is not None}
+    config = resize_config(json.loads(path.read_text(encoding="utf-8")), changes)
+    check_vocabulary(config.vocab_size, tokenizer)
+    attention = choose_attention(args.attn_implementation, precision)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
+    return settle(model, tokenizer, stage)
+
+
+def load_model(args: TrainedModel, tokenizer: PreTrainedTokenizerBase, precision: str, stage: str) -> PreTrainedModel:
+    """The checkpoint's model with fp32 weights. Raises SystemExit when the folder is not a complete checkpoint."""
+    check_checkpoint(args.checkpoint)
+    attention = choose_attention(args.attn_implementation, precision)
+    model = AutoModelForCausalLM.from_pretrained(
+        args.checkpoint, dtype=torch.float32, attn_implementation=attention, use_safetensors=True
+    )
+    check_vocabulary(model.config.vocab_size, tokenizer)
+    return settle(model, tokenizer, stage)
+
+
+def check_checkpoint(path: str) -> None:
+    folder = Path(path)
+    present = folder.is_dir() and list(folder.glob("*.safetensors"))
+    missing = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
+    missing += [] if present else ["*.safetensors"]
+    if missing:
+        raise SystemExit(
+            f"'{path}' is not a checkpoint: it lacks {', '.join(missing)}. Name the folder that a stage wrote "
+            "(its output_dir, or a checkpoint-N inside), and run the stage before if it is not there yet."
+        )
+
+
+def settle(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stage: str) -> PreTrainedModel:
+    """Make the configs name the stage and the tokenizer's own end and pad tokens, and drop foreign defaults.
+
+    `training_stage` in config.json tells a checkpoint that continues text from one that answers.
+    """
+    model.config.training_stage = stage
+    for config in (model.config, model.generation_config):
+        config.bos_token_id, config.eos_token_id = None, tokenizer.eos_token_id
+        config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, use_cache=True
+    )
+    return model
+
+
+def needs_flat_rows(model: PreTrainedModel) -> bool:
+    """Flash attention keeps packed rows apart only when the whole batch is one row."""
+    return model.config._attn_implementation.startswith("flash_attention")

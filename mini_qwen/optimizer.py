@@ -1,0 +1,74 @@
+"""Muon for the weight matrices, AdamW for everything else, as one optimizer that the Trainer can schedule and save."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, TrainingArguments
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """`torch.optim.Muon` on the matrices inside the layers and `torch.optim.AdamW` on embeddings, norms and biases.
+
+    Muon makes each matrix's update orthogonal, so that all its directions move alike (Jordan et al., 2024); with
+    `match_rms_adamw` the update has AdamW's size (Liu et al., 2025, arXiv:2502.16982), here at its own rate.
+    """
+
+    def __init__(
+        self,
+        matrices: Iterable[torch.nn.Parameter],
+        others: Iterable[torch.nn.Parameter],
+        muon_lr: float,
+        adamw_lr: float,
+        weight_decay: float,
+        betas: tuple[float, float],
+    ) -> None:
+        self.parts = [
+            torch.optim.Muon(list(matrices), lr=muon_lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(list(others), lr=adamw_lr, weight_decay=0.0, betas=betas),
+        ]
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+        self.share_groups()
+
+    def share_groups(self) -> None:
+        """Let the parts work on this optimizer's own groups, where the scheduler writes the rates."""
+        for part, group in zip(self.parts, self.param_groups, strict=True):
+            part.param_groups = [group]
+            part.state = self.state
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        assert closure is None
+        for part in self.parts:
+            part.step()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.share_groups()
+
+
+def make_optimizer(
+    model: PreTrainedModel, args: TrainingArguments, muon_learning_rate: float | None
+) -> torch.optim.Optimizer | None:
+    """MuonWithAdamW when the recipe sets `muon_learning_rate`, else None: the Trainer makes the one `optim` names.
+
+    Raises SystemExit under DeepSpeed, which hands a client optimizer flattened shards that are no matrices any more.
+    """
+    if muon_learning_rate is None:
+        return None
+    if args.deepspeed_plugin is not None:
+        raise SystemExit(
+            "muon_learning_rate works on one process or under DDP, not under DeepSpeed, whose shards are no matrices "
+            "any more. Leave it out of the recipe, or launch without DeepSpeed."
+        )
+    named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+    matrices = [weight for name, weight in named if weight.ndim == 2 and ".layers." in name]
+    chosen = {id(weight) for weight in matrices}
+    return MuonWithAdamW(
+        matrices,
+        [weight for _, weight in named if id(weight) not in chosen],
+        muon_lr=muon_learning_rate,
+        adamw_lr=args.learning_rate,
+        weight_decay=args.weight_decay,
+        betas=(args.adam_beta1, args.adam_beta2),
+    )

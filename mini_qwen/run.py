@@ -1,0 +1,136 @@
+"""One execution of a stage: what it starts with, what it leaves behind. Only the first process prints and writes."""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import TrainOutput
+from transformers.utils import logging
+
+from mini_qwen.curves import plot_curves
+from mini_qwen.ledger import Ledger
+
+PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "deepspeed", "tokenizers")
+STARTED = time.time()
+
+
+def begin(training_args: TrainingArguments, *recipe: Any) -> None:
+    """Refuse an output folder in use, fix the seed, and say what runs on what. Writes nothing.
+
+    Raises SystemExit when output_dir holds checkpoints of an earlier run that this one is not told to continue.
+    """
+    if training_args.n_gpu > 1:
+        raise SystemExit(
+            f"{training_args.n_gpu} GPUs are visible to one process. Start one process for each GPU, 'bash run.sh "
+            "STAGE' or 'accelerate launch --config_file accelerate_config.yaml', or show one: CUDA_VISIBLE_DEVICES=0."
+        )
+    checkpoints = sorted(Path(training_args.output_dir).glob("checkpoint-*"))
+    if training_args.resume_from_checkpoint is True and not checkpoints:
+        raise SystemExit(f"There is no checkpoint to resume from in {training_args.output_dir}. Leave the flag out.")
+    if checkpoints and not training_args.resume_from_checkpoint and not training_args.prepare_only:
+        raise SystemExit(
+            f"{training_args.output_dir} holds {checkpoints[-1].name} of an earlier run. Pass "
+            "--resume_from_checkpoint true to continue that run, or another --output_dir, or remove the folder."
+        )
+    set_seed(training_args.seed)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    if training_args.process_index == 0:
+        logging.set_verbosity_error()
+        print(f"device {describe_device(training_args)}, compute {training_args.precision}, weights fp32")
+        for part in recipe:
+            keys = ", ".join(f"{key}={value}" for key, value in plain_recipe(part).items())
+            print(f"{type(part).__name__}: {keys}")
+
+
+def describe_device(args: TrainingArguments) -> str:
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
+    return f"{args.world_size} x {name}"
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that decide what a run does; those that are not installed are left out."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit() -> str:
+    """The commit of the source, with `+changes` when files differ from it; 'unknown' outside a git checkout."""
+    root = Path(__file__).resolve().parents[1]
+    git = ["git", "-C", str(root)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit + ("+changes" if changes.strip() else "")
+
+
+def show_data(args: TrainingArguments, ledger: Ledger) -> None:
+    """Print what became of every row and token. Leaves the program when the recipe says `prepare_only`."""
+    if args.process_index == 0:
+        print(ledger.summary())
+    if args.prepare_only:
+        raise SystemExit(0)
+
+
+def finish(trainer: Trainer, result: TrainOutput, ledger: Ledger, *recipe: Any) -> None:
+    """Write the finished model with its tokenizer, the records of the run, and its loss curve to output_dir.
+
+    run.json holds the recipe as it was run, versions, machine, commit, data ledger, metrics and times;
+    trainer_state.json the logged losses; training_loss.png their curve.
+    """
+    folder = Path(trainer.args.output_dir)
+    metrics = dict(result.metrics)
+    if trainer.eval_dataset is not None:
+        metrics |= trainer.evaluate()
+    trainer.model.config.use_cache = True  # switched off for training; a checkpoint is loaded to generate
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        trainer.model.generation_config.save_pretrained(folder)
+        record = {
+            "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": round(time.time() - STARTED, 1),
+            "commit": git_commit(),
+            "versions": versions(),
+            "device": describe_device(trainer.args),
+            "cores": os.cpu_count(),
+            "attention": trainer.model.config._attn_implementation,
+            "precision": trainer.args.precision,
+            "parameters": trainer.model.num_parameters(),
+            "metrics": metrics,
+            "ledger": ledger.as_dict(),
+            "recipe": {type(part).__name__: plain_recipe(part) for part in recipe},
+        }
+        (folder / "data_ledger.json").write_text(json.dumps(ledger.as_dict(), indent=2) + "\n", encoding="utf-8")
+        (folder / "run.json").write_text(
+            json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8"
+        )
+        trainer.state.save_to_json(folder / "trainer_state.json")
+        plot_curves({folder.name: folder / "trainer_state.json"}, folder / "training_loss.png")
+        print(f"wrote {folder}: " + ", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
+    trainer.end()
+
+
+def plain_recipe(part: Any) -> dict[str, Any]:
+    """The keys of one recipe class that differ from their defaults, and all of its data and model keys."""
+    values = part.to_dict() if isinstance(part, TrainingArguments) else dataclasses.asdict(part)
+    if not isinstance(part, TrainingArguments):
+        return values
+    defaults = {field.name: field.default for field in dataclasses.fields(part)}
+    return {key: value for key, value in values.items() if key in defaults and value != defaults[key]}

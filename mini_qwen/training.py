@@ -1,0 +1,84 @@
+"""What all training stages share in their settings: the machine's precision and device, and safe defaults."""
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from transformers import TrainingArguments
+from trl import DPOConfig, SFTConfig
+
+Precision = Literal["auto", "bf16", "fp16", "fp32"]
+
+
+def choose_precision(wanted: Precision = "auto") -> Precision:
+    """The compute type: bf16 where the GPU has it, fp16 on older GPUs, fp32 on a CPU. Weights stay fp32 in all cases.
+
+    A CPU computes in fp32 unless told otherwise, so that its results are the same on every machine.
+    """
+    if wanted != "auto":
+        return wanted
+    if not torch.cuda.is_available():
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def choose_attention(wanted: str = "auto", precision: Precision = "fp32") -> str:
+    """`flash_attention_2` where it is installed and the GPU (compute capability 8 or newer) can, else `sdpa`."""
+    if wanted != "auto":
+        return wanted
+    able = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8 and precision != "fp32"
+    return "flash_attention_2" if able and importlib.util.find_spec("flash_attn") else "sdpa"
+
+
+@dataclass
+class StageKeys:
+    """Recipe keys that every training stage has beside those of its trainer."""
+
+    needs_gpu: bool = False  # refuse to start on a machine without a GPU
+    precision: Precision = "auto"
+    muon_learning_rate: float | None = None  # set: Muon for the matrices at this rate, AdamW for all else
+    prepare_only: bool = False  # prepare the data, print the counts, and leave
+    resume_from_checkpoint: bool | str | None = None  # a checkpoint folder, or true for the newest in output_dir
+
+    # Our collators make the tensors; columns that the model's signature lacks must reach them.
+    remove_unused_columns: bool = False
+    # A loss that is not finite must be seen in the log, not filtered out of it.
+    logging_nan_inf_filter: bool = False
+
+    def __post_init__(self) -> None:
+        if self.needs_gpu and not torch.cuda.is_available():
+            raise ValueError(
+                "this recipe is written for a GPU (needs_gpu: true), and torch sees none here. For a first run on a "
+                "CPU use the recipes in recipes/demo, or pass --needs_gpu false to run this one on the CPU."
+            )
+        self.precision = choose_precision(self.precision)
+        self.bf16, self.fp16 = self.precision == "bf16", self.precision == "fp16"
+        self.use_cpu = not torch.cuda.is_available()
+        self.dataloader_pin_memory = not self.use_cpu
+        super().__post_init__()
+
+
+@dataclass
+class PTConfig(StageKeys, TrainingArguments):
+    """Pretraining: the keys of transformers' TrainingArguments and ours."""
+
+
+@dataclass
+class AnswerConfig(StageKeys, SFTConfig):
+    """Supervised fine-tuning: the keys of TRL's SFTConfig and ours."""
+
+    gradient_checkpointing: bool | None = None  # TRL's default is on: 1.3 times slower where memory allows it off
+
+    def __post_init__(self) -> None:
+        # Rows come prepared: tokenised, masked, shortened and packed by mini_qwen.conversations.
+        self.dataset_kwargs = {"skip_prepare_dataset": True}
+        super().__post_init__()
+
+
+@dataclass
+class PreferenceConfig(StageKeys, DPOConfig):
+    """Direct preference optimisation: the keys of TRL's DPOConfig and ours."""
+
+    gradient_checkpointing: bool | None = None
+    precompute_ref_log_probs: bool = True  # one pass before training, so that no second model is held

@@ -1,0 +1,51 @@
+"""Stage 3, direct preference optimisation: of two answers, the model learns to prefer the better one.
+
+    accelerate launch --config_file accelerate_config.yaml mini_qwen_dpo.py   # the full recipe on a node of GPUs
+    python mini_qwen_dpo.py --config recipes/demo/dpo.yaml                    # a CPU and mini_data
+
+The recipe holds every hyperparameter; the command line overrides it, for example `--learning_rate 1e-6`.
+
+Reads:  the checkpoint folder that mini_qwen_sft.py wrote, pairs from the recipe's train_files, and pairs from its
+        test_files, which are only ever scored.
+Writes: output_dir, with model, tokenizer, trainer_state.json, run.json, data_ledger.json and training_loss.png.
+"""
+
+from mini_qwen import run
+from mini_qwen.model import TrainedModel, load_model
+from mini_qwen.optimizer import make_optimizer
+from mini_qwen.preferences import PreferenceData, PreparedDPOTrainer, prepare_preferences
+from mini_qwen.preview import print_first_row
+from mini_qwen.recipe import parse_recipe
+from mini_qwen.tokenizer import load_tokenizer
+from mini_qwen.training import PreferenceConfig
+
+
+def main(argv: list[str] | None = None) -> None:
+    recipe = parse_recipe(PreferenceData, PreferenceConfig, TrainedModel, argv=argv, default="recipes/dpo.yaml")
+    data_args, training_args, model_args = recipe
+    run.begin(training_args, *recipe)
+
+    tokenizer = load_tokenizer(model_args.checkpoint)
+    model = load_model(model_args, tokenizer, training_args.precision, stage="dpo")
+
+    # Both answers of a pair end in <|im_end|>; a pair that is too long loses the middle of its question.
+    with training_args.main_process_first(desc="preparing pairs"):
+        train_pairs, test_pairs, ledger = prepare_preferences(data_args, tokenizer, training_args.max_length)
+    run.show_data(training_args, ledger)
+
+    trainer = PreparedDPOTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=train_pairs,
+        eval_dataset=test_pairs,
+        processing_class=tokenizer,
+        optimizers=(make_optimizer(model, training_args, training_args.muon_learning_rate), None),
+    )
+    print_first_row(trainer)  # see what is trained on before paying for it
+
+    result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    run.finish(trainer, result, ledger, *recipe)
+
+
+if __name__ == "__main__":
+    main()
