@@ -91,7 +91,8 @@ def build_model(args: NewModel, tokenizer: PreTrainedTokenizerBase, precision: s
         raise SystemExit(f"base_config '{args.base_config}' is not a folder with a config.json.")
     changes = {key: getattr(args, key) for key in (*SIZES, "max_position_embeddings")}
     changes = {key: value for key, value in changes.items() if value is not None}
-    config = resize_config(json.loads(path.read_text(encoding="utf-8")), changes)
+    base = json.loads(path.read_text(encoding="utf-8")) | special_ids(tokenizer)
+    config = resize_config(base, changes)
     check_vocabulary(config.vocab_size, tokenizer)
     attention = choose_attention(args.attn_implementation, precision)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
@@ -127,13 +128,14 @@ def settle(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stage: st
     `training_stage` in config.json tells a checkpoint that continues text from one that answers.
     """
     model.config.training_stage = stage
-    for config in (model.config, model.generation_config):
-        config.bos_token_id, config.eos_token_id = None, tokenizer.eos_token_id
-        config.pad_token_id = tokenizer.pad_token_id
-    model.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, use_cache=True
-    )
+    for key, token_id in special_ids(tokenizer).items():
+        setattr(model.config, key, token_id)
+    model.generation_config = GenerationConfig(**special_ids(tokenizer), use_cache=True)
     return model
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
+    return {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
 
 
 def needs_flat_rows(model: PreTrainedModel) -> bool:

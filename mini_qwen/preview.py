@@ -10,12 +10,15 @@ GREEN, PLAIN = "\033[32m", "\033[0m"
 def mark_trained(tokenizer: PreTrainedTokenizerBase, ids: list[int], trained: list[bool]) -> str:
     """The text of `ids`, its trained stretches in green between ⟦ ⟧.
 
-    Stretches are decoded whole, since a single token may be half a character.
+    Stretches are decoded whole, since a single token may be half a character; one that would end within a character
+    goes on to the character's end.
     """
     text, start = "", 0
     for at in range(1, len(ids) + 1):
         if at == len(ids) or trained[at] != trained[start]:
             part = tokenizer.decode(ids[start:at])
+            if part.endswith("\ufffd") and at < len(ids):
+                continue
             text += f"{GREEN}⟦{part}⟧{PLAIN}" if trained[start] else part
             start = at
     return text

@@ -1,0 +1,9 @@
+"""The demo of direct preference optimisation: the real mini_qwen_dpo.py with its demo recipe. Works from any folder, passes overrides on."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+command = [sys.executable, "mini_qwen_dpo.py", "--config", "recipes/demo/dpo.yaml", *sys.argv[1:]]
+sys.exit(subprocess.run(command, cwd=ROOT).returncode)

@@ -1,0 +1,9 @@
+"""The demo of pretraining: the real mini_qwen_pt.py with its demo recipe. Works from any folder, passes overrides on."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+command = [sys.executable, "mini_qwen_pt.py", "--config", "recipes/demo/pt.yaml", *sys.argv[1:]]
+sys.exit(subprocess.run(command, cwd=ROOT).returncode)

@@ -1,0 +1,129 @@
+#!/usr/bin/env bash
+# Every way to run mini_qwen. `bash run.sh help` lists them.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+usage() {
+    cat <<'EOF'
+bash run.sh demo                                   the whole road on mini_data: tokenizer, PT, SFT, DPO, eval
+bash run.sh test [pytest arguments]                lint and tests; `test -m slow` runs the slow ones
+bash run.sh tokenizer|pt|sft|dpo|eval [--key value ...]
+                                                   one stage; without --config its full recipe in recipes/
+bash run.sh all                                    pt, sft, dpo and eval, one after the other
+bash run.sh setup                                  only make .venv and install what is pinned
+
+--background, behind a stage or `all`, leaves it running after you log out. Every stage logs to logs/.
+Several GPUs: one process for each, by accelerate and DeepSpeed. One GPU or none: plain python.
+CUDA_VISIBLE_DEVICES chooses among them.
+EOF
+}
+
+fail() {
+    echo "run.sh: $*" >&2
+    exit 1
+}
+
+find_python() {
+    local candidate
+    for candidate in python3 python3.13 python3.12 python3.11; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    fail "Python 3.11 or newer is needed, and none was found. Install one and run this again."
+}
+
+setup() {
+    local wanted
+    wanted=$(cat pyproject.toml constraints.txt | cksum)
+    if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
+        [ -x .venv/bin/python ] || "$(find_python)" -m venv .venv
+        echo "installing the pinned packages into .venv (about two minutes the first time)"
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable ".[test]"
+        echo "$wanted" >.venv/installed
+    fi
+    export PATH="$PWD/.venv/bin:$PATH"
+    [ "$(count_gpus)" -gt 0 ] || export DS_ACCELERATOR=cpu
+}
+
+count_gpus() {
+    if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+        tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true
+    else
+        { nvidia-smi --list-gpus 2>/dev/null || true; } | grep -c '^GPU' || true
+    fi
+}
+
+launch() { # stage, arguments of its script
+    local stage=$1 num_gpus
+    shift
+    num_gpus=$(count_gpus)
+    if [ "$num_gpus" -gt 1 ] && [[ "$stage" =~ ^(pt|sft|dpo)$ ]]; then
+        accelerate launch --config_file accelerate_config.yaml --num_processes "$num_gpus" "mini_qwen_$stage.py" "$@"
+    else
+        python "mini_qwen_$stage.py" "$@"
+    fi
+}
+
+demo() {
+    local stage started=$SECONDS
+    if [ "$(count_gpus)" -gt 1 ]; then # small enough for one
+        CUDA_VISIBLE_DEVICES=$(cut -d, -f1 <<<"${CUDA_VISIBLE_DEVICES:-0}")
+        export CUDA_VISIBLE_DEVICES
+    fi
+    rm -rf demo_results
+    for stage in tokenizer pt sft dpo eval; do
+        echo "== $stage"
+        python "mini_qwen_$stage.py" --config "recipes/demo/$stage.yaml"
+    done
+    echo "$((SECONDS - started)) seconds. The table is in demo_results/results.md, the curves beside it."
+    echo "Talk to your model: .venv/bin/python mini_qwen_eval.py --chat demo_results/dpo"
+}
+
+run_logged() { # name, command ...
+    local log
+    log=logs/$1-$(date +%Y%m%d-%H%M%S).log
+    shift
+    echo "log: $log"
+    "$@" 2>&1 | tee "$log"
+}
+
+command=${1:-help}
+[ $# -eq 0 ] || shift
+arguments=()
+background=false
+for argument in "$@"; do
+    if [ "$argument" = --background ]; then background=true; else arguments+=("$argument"); fi
+done
+set -- ${arguments[@]+"${arguments[@]}"}
+if $background; then
+    nohup bash run.sh "$command" "$@" >"logs/$command.out" 2>&1 &
+    echo "running in the background as process $!; output: logs/$command.out"
+    exit 0
+fi
+
+case $command in
+demo) setup && demo ;;
+test)
+    setup
+    ruff check .
+    ruff format --check .
+    python -m pytest "$@"
+    ;;
+tokenizer | pt | sft | dpo | eval)
+    setup
+    run_logged "$command" launch "$command" "$@"
+    ;;
+all)
+    setup
+    [ $# -eq 0 ] || fail "'all' takes no overrides: a key of one stage means nothing to the next."
+    for stage in pt sft dpo eval; do run_logged "$stage" launch "$stage"; done
+    ;;
+setup) setup ;;
+help | --help | -h) usage ;;
+*)
+    usage >&2
+    fail "unknown command '$command'"
+    ;;
+esac
