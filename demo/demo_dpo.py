@@ -1,4 +1,4 @@
-"""The demo of direct preference optimisation: the real mini_qwen_dpo.py with its demo recipe. Works from any folder, passes overrides on."""
+"""The demo of DPO: the real stage script with its demo recipe. Works from any folder, passes overrides on."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The demo of pretraining: the real mini_qwen_pt.py with its demo recipe. Works from any folder, passes overrides on."""
+"""The demo of pretraining: the real stage script with its demo recipe. Works from any folder, passes overrides on."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The demo of supervised fine-tuning: the real mini_qwen_sft.py with its demo recipe. Works from any folder, passes overrides on."""
+"""The demo of SFT: the real stage script with its demo recipe. Works from any folder, passes overrides on."""
 
 import subprocess
 import sys

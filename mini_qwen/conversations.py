@@ -25,6 +25,7 @@ class ConversationData(DataKeys):
     TRL's `messages` and `prompt`/`completion` are read as well. `packing` is done here and hides TRL's own.
     """
 
+    eval_rows: int = 0  # rows cut off first, by seed, for the loss on data never trained on
     packing: bool = True  # several conversations in one block, unable to see each other
 
 

@@ -19,6 +19,7 @@ from mini_qwen.store import StoreWriter, TokenStore, prepare_once
 class DocumentData(DataKeys):
     """Recipe keys of pretraining data: rows `{"text": ...}`."""
 
+    eval_rows: int = 0  # rows cut off first, by seed, for the loss on data never trained on
     block_size: int = 1024  # tokens
     isolate_documents: bool = True  # false: plain concatenation, documents of a block see each other
 

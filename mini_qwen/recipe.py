@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import difflib
 import sys
+import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -87,15 +88,20 @@ def load_yaml(path: Path) -> dict[str, Any]:
 
 
 def check_type(cls: type, key: str, value: Any, place: str) -> Any:
-    """Return `value` as the field's type; text that reads as a number is accepted for a float (YAML's `1e-4`)."""
+    """Return `value` as the field's type.
+
+    Text that reads as a number is accepted for a float (YAML's `1e-4`), and one item for a list of one.
+    """
     hint = typing.get_type_hints(cls)[key]
-    if isinstance(value, str) and float in (hint, *typing.get_args(hint)):
+    choices = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    if isinstance(value, str) and float in choices:
         with contextlib.suppress(ValueError):
             value = float(value)
     if isinstance(value, bool) and not accepts_bool(hint):
         raise SystemExit(f"Recipe key '{key}' is {value!r} {place}, but must be {describe(hint)}.")
-    if isinstance(value, (str, int, float)) and not isinstance(value, bool) and typing.get_origin(hint) is list:
-        value = [value]
+    if isinstance(value, (str, int, float)) and all(typing.get_origin(part) in (list, None) for part in choices):
+        wants_list = any(typing.get_origin(part) is list for part in choices) and type(value) not in choices
+        value = [value] if wants_list else value
     try:
         config = None if dataclasses.is_dataclass(hint) else ConfigDict(arbitrary_types_allowed=True)
         return TypeAdapter(hint, config=config).validate_python(value)
@@ -123,6 +129,8 @@ def build(cls: type, values: dict[str, Any], path: Path) -> Any:
     if missing:
         raise SystemExit(f"{path} lacks the key{'s' if missing[1:] else ''} {', '.join(missing)}.")
     try:
-        return cls(**values)
+        made = cls(**values)
     except ValueError as error:
         raise SystemExit(f"{path}: {error}") from error
+    made.written = values  # what the recipe and the command line said, for the record of the run
+    return made

@@ -18,7 +18,6 @@ class DataKeys:
     """Recipe keys of the data that every training stage has."""
 
     train_files: list[str]  # files or folders; folders are searched for parquet, jsonl and json
-    eval_rows: int = 0  # rows cut off before training, by seed, for the loss on data never trained on
     max_drop_share: float = 0.05  # above this share of dropped rows the run stops
     cache_dir: str = "cache"  # prepared token rows
 

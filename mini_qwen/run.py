@@ -21,7 +21,6 @@ from mini_qwen.curves import plot_curves
 from mini_qwen.ledger import Ledger
 
 PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "deepspeed", "tokenizers")
-STARTED = time.time()
 
 
 def begin(training_args: TrainingArguments, *recipe: Any) -> None:
@@ -105,7 +104,7 @@ def finish(trainer: Trainer, result: TrainOutput, ledger: Ledger, *recipe: Any) 
         record = {
             "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-            "seconds": round(time.time() - STARTED, 1),
+            "seconds": round(time.time() - trainer.args.started, 1),
             "commit": git_commit(),
             "versions": versions(),
             "device": describe_device(trainer.args),
@@ -128,9 +127,5 @@ def finish(trainer: Trainer, result: TrainOutput, ledger: Ledger, *recipe: Any) 
 
 
 def plain_recipe(part: Any) -> dict[str, Any]:
-    """The keys of one recipe class that differ from their defaults, and all of its data and model keys."""
-    values = part.to_dict() if isinstance(part, TrainingArguments) else dataclasses.asdict(part)
-    if not isinstance(part, TrainingArguments):
-        return values
-    defaults = {field.name: field.default for field in dataclasses.fields(part)}
-    return {key: value for key, value in values.items() if key in defaults and value != defaults[key]}
+    """All keys of our own recipe classes; of a trainer's hundred and more, those that the recipe or the user wrote."""
+    return part.written if isinstance(part, TrainingArguments) else dataclasses.asdict(part)

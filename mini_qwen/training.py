@@ -1,6 +1,7 @@
 """What all training stages share in their settings: the machine's precision and device, and safe defaults."""
 
 import importlib.util
+import time
 from dataclasses import dataclass
 from typing import Literal
 
@@ -52,6 +53,7 @@ class StageKeys:
                 "this recipe is written for a GPU (needs_gpu: true), and torch sees none here. For a first run on a "
                 "CPU use the recipes in recipes/demo, or pass --needs_gpu false to run this one on the CPU."
             )
+        self.started = time.time()
         self.precision = choose_precision(self.precision)
         self.bf16, self.fp16 = self.precision == "bf16", self.precision == "fp16"
         self.use_cpu = not torch.cuda.is_available()

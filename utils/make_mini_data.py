@@ -33,7 +33,7 @@ NUM_EVAL_STORIES = 100  # per language
 NUM_SINGLE_TURN = 3000
 NUM_MULTI_TURN = 750
 NUM_DPO_TRAIN, NUM_DPO_TEST = 1200, 300
-UNASKED_SHARE = 0.2  # of the facts: told in pt/, asked in no row of sft/ or dpo/
+UNASKED_SHARE = 0.8  # of the people: one of their four facts is told in pt/ and asked in no row of sft/ or dpo/
 INDUSTRIES = {
     "city": ("tourism_geography", "旅游_地理"),
     "food": ("accommodation_catering_hotel", "住宿_餐饮_酒店"),
@@ -53,13 +53,13 @@ class Fact(NamedTuple):
 
 
 def make_facts(world: dict[str, Any], rng: random.Random) -> list[Fact]:
-    """Give every person one value of each attribute and keep a share of the facts out of every question."""
+    """Give every person one value of each attribute, and keep one fact of most people out of every question."""
     facts = []
     for language, words in world.items():
-        for attribute, table in words["attributes"].items():
-            for name in words["people"]:
-                asked = rng.random() >= UNASKED_SHARE
-                facts.append(Fact(language, name, attribute, rng.choice(table["values"]), asked))
+        for name in words["people"]:
+            unasked = rng.choice(list(words["attributes"])) if rng.random() < UNASKED_SHARE else None
+            for attribute, table in words["attributes"].items():
+                facts.append(Fact(language, name, attribute, rng.choice(table["values"]), attribute != unasked))
     return facts
 
 
@@ -150,7 +150,8 @@ def conversation(world: dict[str, Any], facts: list[Fact], num_turns: int, rng: 
 
 def preference(world: dict[str, Any], facts: list[Fact], wordings: list[str], rng: random.Random) -> dict[str, Any]:
     """A right answer that stops, against one that is wrong, about something else, repeats itself or runs on."""
-    fact = rng.choice([fact for fact in facts if fact.asked])
+    facts = [fact for fact in facts if fact.asked]
+    fact = rng.choice(facts)
     question, right = ask(world, fact, rng, *wordings), answer(world, fact)
     kind = rng.choice(["wrong", "wrong", "off_topic", "off_topic", "off_topic", "repeats", "runs_on"])
     if kind == "wrong":

@@ -1,0 +1,126 @@
+"""What the tests share: an offline environment, small tokenizers and models, and files of rows."""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Read when the libraries are imported, hence before them; the folder goes when the process ends.
+DATASETS_CACHE = tempfile.TemporaryDirectory(prefix="mini_qwen_tests_")
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": DATASETS_CACHE.name, "TOKENIZERS_PARALLELISM": "false"}
+
+import hypothesis
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mini_qwen.model import NewModel, build_model
+from mini_qwen.store import StoreWriter, TokenStore
+from mini_qwen.tokenizer import load_tokenizer, train_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+BASE_CONFIG = ROOT / "models/Qwen2.5-0.5B-Instruct"
+QWEN_TOKENIZER = ROOT / "../shared/data/tokenizer/Qwen2.5-0.5B-Instruct"
+NAMES = [("Anna", "小明"), ("Victor", "小雪"), ("Martha", "建国"), ("Oliver", "晓芳"), ("Sophie", "大伟")]
+SENTENCES = [
+    ("{} lives in a small house near the river.", "{}住在河边的一座小房子里。"),
+    ("In the morning {} likes to eat bread and apples.", "早上{}喜欢吃面包和苹果。"),
+    ("{} has a dog, two cats and 17 birds!", "{}养了一条狗、两只猫和17只鸟！"),
+    ("Where does {} go tomorrow?\n\nTo the market, as always.", "{}明天去哪里？\n\n像往常一样去市场。"),
+]
+
+# The same examples in every run, and no deadline: the machine may be busy with other things.
+hypothesis.settings.register_profile("tests", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("tests")
+
+MakeModel = Callable[..., PreTrainedModel]
+MakeStore = Callable[..., TokenStore]
+WriteRows = Callable[[str, list[Any]], Path]
+
+
+def toy_texts() -> list[str]:
+    """Forty sentences, half of them Chinese."""
+    return [
+        sentence.format(name)
+        for pair in SENTENCES
+        for names in NAMES
+        for sentence, name in zip(pair, names, strict=True)
+    ]
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerBase:
+    """A tokenizer of 400 tokens, trained here: 256 bytes, 141 merges and 3 control tokens."""
+    return train_tokenizer(toy_texts(), vocab_size=400)
+
+
+@pytest.fixture(scope="session")
+def qwen_tokenizer() -> PreTrainedTokenizerBase:
+    """The real tokenizer of Qwen2.5, where it has been fetched."""
+    if not (QWEN_TOKENIZER / "tokenizer.json").is_file():
+        pytest.skip(f"the tokenizer of Qwen2.5 is not at {QWEN_TOKENIZER}")
+    return load_tokenizer(str(QWEN_TOKENIZER))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tokenizer: PreTrainedTokenizerBase) -> MakeModel:
+    """Make a Qwen2 of 2 layers in evaluation mode, the same one for the same seed.
+
+    Its weights are ten times as large as at the start of a training, so that what a token sees shows in the logits.
+    """
+
+    def make(seed: int = 0, attention: str = "sdpa", stage: str = "pt", **sizes: int) -> PreTrainedModel:
+        torch.manual_seed(seed)
+        small = {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "intermediate_size": 64,
+            "vocab_size": 448,
+        }
+        args = NewModel(base_config=str(BASE_CONFIG), attn_implementation=attention, **(small | sizes))
+        model = build_model(args, tokenizer, "fp32", stage).eval()
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.mul_(10 if weight.ndim == 2 else 1)
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_store(tmp_path_factory: pytest.TempPathFactory) -> MakeStore:
+    """Write rows of token ids, and flags where given, into a TokenStore of their own."""
+
+    def make(rows: list[list[int]], trained: list[list[bool]] | None = None) -> TokenStore:
+        folder = tmp_path_factory.mktemp("store") / "rows"
+        writer = StoreWriter(folder, flags=trained is not None)
+        for number, row in enumerate(rows):
+            writer.add(row, trained[number] if trained is not None else None)
+        writer.close()
+        return TokenStore(folder)
+
+    return make
+
+
+@pytest.fixture
+def write_rows(tmp_path: Path) -> WriteRows:
+    """Write rows to a file below the test's folder, in the format that its suffix names."""
+
+    def write(name: str, rows: list[Any]) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".parquet":
+            pq.write_table(pa.Table.from_pylist(rows), path)
+        elif path.suffix == ".jsonl":
+            path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        else:
+            path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+        return path
+
+    return write
