@@ -58,6 +58,8 @@ class StageKeys:
         self.bf16, self.fp16 = self.precision == "bf16", self.precision == "fp16"
         self.use_cpu = not torch.cuda.is_available()
         self.dataloader_pin_memory = not self.use_cpu
+        # Without this accelerate takes the torch generator's seed of the moment, which under DeepSpeed's DPO is another.
+        self.data_seed = self.seed if self.data_seed is None else self.data_seed
         super().__post_init__()
 
 

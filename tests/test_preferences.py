@@ -214,23 +214,6 @@ def test_test_files_are_read_apart_and_counted_apart(
     assert [tokenizer.decode(pair["chosen_ids"]) for pair in test] == ["good 5<|im_end|>", "good 6<|im_end|>"]
 
 
-def test_rows_asked_to_be_held_out_are_held_out_or_refused(
-    tokenizer: PreTrainedTokenizerBase, write_rows: WriteRows, tmp_path: Path
-) -> None:
-    """`eval_rows` is a key of all data: it must not be read and then do nothing."""
-    file = write_rows("rows.parquet", [numbered_pair(number) for number in range(10)])
-    data = keys([file], tmp_path / "cache", eval_rows=4)
-    try:
-        train, test, ledger = prepare_preferences(data, tokenizer, 100)
-    except SystemExit as refusal:
-        message = str(refusal)
-    else:
-        assert (len(train), ledger.rows_held_out) == (6, 4)
-        assert test is not None
-        message = "eval_rows"
-    assert "eval_rows" in message
-
-
 def test_too_many_dropped_pairs_stop_the_run(
     tokenizer: PreTrainedTokenizerBase, write_rows: WriteRows, tmp_path: Path
 ) -> None:
