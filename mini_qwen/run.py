@@ -45,7 +45,7 @@ def begin(training_args: TrainingArguments, *recipe: Any) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     if training_args.process_index == 0:
         logging.set_verbosity_error()
-        print(f"device {describe_device(training_args)}, compute {training_args.precision}, weights fp32")
+        print(f"device {describe_device(training_args)}, compute {training_args.precision}, fp32 master weights")
         for part in recipe:
             keys = ", ".join(f"{key}={value}" for key, value in plain_recipe(part).items())
             print(f"{type(part).__name__}: {keys}")

@@ -1,15 +1,18 @@
 """What the tests share: an offline environment, small tokenizers and models, and files of rows."""
 
+import atexit
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Read when the libraries are imported, hence before them; the folder goes when the process ends.
-DATASETS_CACHE = tempfile.TemporaryDirectory(prefix="mini_qwen_tests_")
-os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": DATASETS_CACHE.name, "TOKENIZERS_PARALLELISM": "false"}
+# Read when the libraries are imported, hence before them.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="mini_qwen_tests_")
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import hypothesis
 import pyarrow as pa
@@ -21,6 +24,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mini_qwen.model import NewModel, build_model
 from mini_qwen.store import StoreWriter, TokenStore
 from mini_qwen.tokenizer import load_tokenizer, train_tokenizer
+
+atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE_CONFIG = ROOT / "models/Qwen2.5-0.5B-Instruct"

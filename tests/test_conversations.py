@@ -314,9 +314,8 @@ def test_prepared_rows_are_used_again_until_something_changes(
     file, cache = write_rows("rows.parquet", rows), tmp_path / "cache"
 
     def prepare(with_tokenizer: PreTrainedTokenizerBase = tokenizer, max_length: int = 64, eval_rows: int = 1) -> Path:
-        return prepare_conversations(
-            keys([file], cache, eval_rows=eval_rows), with_tokenizer, max_length, seed=0
-        )[0].store.folder  # fmt: skip
+        data = keys([file], cache, eval_rows=eval_rows)
+        return prepare_conversations(data, with_tokenizer, max_length, seed=0)[0].store.folder
 
     first = prepare()
     written = (first / "ids.u32").stat().st_mtime_ns

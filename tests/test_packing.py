@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel, Trainer
 
 from mini_qwen.ledger import Ledger
-from mini_qwen.packing import Blocks, BlockCollator, best_fit, count_cut, cut_blocks, row_blocks
+from mini_qwen.packing import BlockCollator, Blocks, best_fit, count_cut, cut_blocks, row_blocks
 from mini_qwen.training import PTConfig
 
 DOCUMENTS = st.lists(st.lists(st.integers(0, 151_935), min_size=1, max_size=9), min_size=1, max_size=12)

@@ -166,9 +166,7 @@ def test_prompt_and_chosen_are_the_conversation(tokenizer: PreTrainedTokenizerBa
 
 
 @settings(max_examples=30)
-@given(
-    picks=st.lists(st.sampled_from(["good", "long", *REASONS]), max_size=10).map(lambda picks: ["good", *picks])
-)
+@given(picks=st.lists(st.sampled_from(["good", "long", *REASONS]), max_size=10).map(lambda picks: ["good", *picks]))
 def test_ledger_adds_up_to_the_pairs(
     tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory, picks: list[str]
 ) -> None:

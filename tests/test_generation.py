@@ -1,0 +1,232 @@
+"""mini_qwen/generation.py: batches change nothing, and the terminal shows whole characters."""
+
+import builtins
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import MakeModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mini_qwen.chat import Turn, encode_chat, encode_text
+from mini_qwen.generation import encode_prompt, generate, speaks_chat, talk
+
+# No word of it is in the toy tokenizer: every character is two to four tokens, an emoji of families many more.
+ANSWER = "🙂 你真棒 Ωμέγα 👩‍👩‍👧 好的，世界 ok"
+QUESTION: list[Turn] = [{"role": "user", "content": "say it"}]
+
+TypeLines = Callable[..., None]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: MakeModel) -> PreTrainedModel:
+    """Random weights: it goes on for ever, with tokens that are no characters."""
+    return tiny_model(stage="pt")
+
+
+@pytest.fixture(scope="module")
+def parrot(tiny_model: MakeModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A model that has learnt to give one answer, and to stop."""
+    model = tiny_model(stage="sft", hidden_size=64).train()
+    ids, trained = encode_chat(tokenizer, [*QUESTION, {"role": "assistant", "content": ANSWER}])
+    inputs, labels = torch.tensor([ids]), torch.tensor([ids]).masked_fill(~torch.tensor([trained]), -100)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(300):
+        loss = model(input_ids=inputs, labels=labels).loss
+        if loss.item() < 0.01:
+            return model.eval()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    raise AssertionError(f"one answer was not learnt, loss {loss.item():.3f}")
+
+
+@pytest.fixture
+def type_lines(monkeypatch: pytest.MonkeyPatch) -> TypeLines:
+    """Let `input` return these lines, and then the end of the input."""
+
+    def lines(*typed: str) -> None:
+        left = iter(typed)
+
+        def read(prompt: str = "") -> str:
+            try:
+                return next(left)
+            except StopIteration:
+                raise EOFError from None
+
+        monkeypatch.setattr(builtins, "input", read)
+
+    return lines
+
+
+def chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int = 200) -> None:
+    talk(model, tokenizer, max_new_tokens, temperature=0.0, top_p=1.0, repetition_penalty=1.0)
+
+
+def watch_prompts(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Record what the model is asked to continue; it continues as ever."""
+    prompts: list[list[int]] = []
+    real = model.generate
+
+    def recording(inputs: torch.Tensor, **options: object) -> torch.Tensor:
+        prompts.append(inputs[0].tolist())
+        return real(inputs, **options)
+
+    monkeypatch.setattr(model, "generate", recording)
+    return prompts
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 64])
+def test_batched_answers_are_those_given_one_by_one(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int
+) -> None:
+    texts = ["Anna", "Where does Victor go tomorrow?", "小雪", "In the morning 小明 likes to eat", "a", "早上"]
+    prompts = encode_text(tokenizer, texts)
+    alone = [generate(model, tokenizer, [prompt], max_new_tokens=12)[0] for prompt in prompts]
+    assert len({tuple(answer.ids) for answer in alone}) == len(texts)
+    assert generate(model, tokenizer, prompts, max_new_tokens=12, batch_size=batch_size) == alone
+
+
+def test_answers_are_the_most_likely_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    (prompt,) = encode_text(tokenizer, ["Anna lives"])
+    (answer,) = generate(model, tokenizer, [prompt], max_new_tokens=5)
+    ids = list(prompt)
+    for _ in range(5):
+        with torch.no_grad():
+            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    assert answer.ids == ids[len(prompt) :]
+    assert answer.text == tokenizer.decode(answer.ids)
+
+
+def test_stopped_says_whether_it_ended_by_itself(parrot: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    prompt = encode_prompt(tokenizer, QUESTION, chat=True)
+    (ids,) = encode_text(tokenizer, [ANSWER])
+    (whole,) = generate(parrot, tokenizer, [prompt], max_new_tokens=len(ids) + 1)
+    assert whole == (ANSWER, ids, True)
+    (cut,) = generate(parrot, tokenizer, [prompt], max_new_tokens=len(ids))
+    assert (cut.ids, cut.stopped) == (ids, False)
+    (short,) = generate(parrot, tokenizer, [prompt], max_new_tokens=3)
+    assert (short.ids, short.stopped) == (ids[:3], False)
+
+
+def test_an_answer_that_stops_early_is_not_filled_up(
+    parrot: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Beside a prompt that it has never seen, which may be continued for longer."""
+    prompts = [encode_prompt(tokenizer, QUESTION, chat=True), encode_text(tokenizer, ["17 birds"])[0]]
+    (ids,) = encode_text(tokenizer, [ANSWER])
+    known, _ = generate(parrot, tokenizer, prompts, max_new_tokens=len(ids) + 30)
+    assert known == (ANSWER, ids, True)
+
+
+def test_no_prompts_no_answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    assert generate(model, tokenizer, [], max_new_tokens=5) == []
+
+
+@pytest.mark.parametrize(("stage", "chats"), [("pt", False), ("sft", True), ("dpo", True)])
+def test_a_checkpoint_of_the_pt_stage_continues_text(
+    tiny_model: MakeModel, tokenizer: PreTrainedTokenizerBase, stage: str, chats: bool
+) -> None:
+    assert speaks_chat(tiny_model(stage=stage), tokenizer) is chats
+
+
+@pytest.mark.parametrize("template", ["{{ messages }}", None])
+def test_a_foreign_checkpoint_chats_if_its_tokenizer_has_a_template(
+    tiny_model: MakeModel, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, template: str | None
+) -> None:
+    model = tiny_model()
+    del model.config.training_stage
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    assert speaks_chat(model, tokenizer) is (template is not None)
+
+
+def test_prompts_in_both_manners(tokenizer: PreTrainedTokenizerBase) -> None:
+    turns = [*QUESTION, {"role": "assistant", "content": "it"}, {"role": "user", "content": "again <|im_end|>"}]
+    assert tokenizer.decode(encode_prompt(tokenizer, turns, chat=True)) == (
+        "<|im_start|>user\nsay it<|im_end|>\n<|im_start|>assistant\nit<|im_end|>\n"
+        "<|im_start|>user\nagain <|im_end|><|im_end|>\n<|im_start|>assistant\n"
+    )
+    raw = encode_prompt(tokenizer, turns, chat=False)
+    assert tokenizer.decode(raw) == "again <|im_end|>"
+    assert tokenizer.eos_token_id not in raw
+
+
+def test_the_terminal_shows_the_answer_in_whole_characters(
+    parrot: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    type_lines: TypeLines,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    type_lines("say it")
+    chat(parrot, tokenizer)
+    shown = capsys.readouterr().out
+    assert ANSWER in shown
+    assert "\ufffd" not in shown
+    assert "<|im_end|>" not in shown
+
+
+def test_an_answer_cut_off_inside_a_character_shows_no_half_of_it(
+    parrot: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    type_lines: TypeLines,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert ANSWER.startswith("🙂 你")
+    (ids,) = encode_text(tokenizer, ["🙂 你"])
+    type_lines("say it")
+    chat(parrot, tokenizer, max_new_tokens=len(ids) - 1)
+    shown = capsys.readouterr().out
+    assert "🙂" in shown
+    assert "\ufffd" not in shown
+
+
+def test_a_typed_backslash_n_is_a_line_break(
+    parrot: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, type_lines: TypeLines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = watch_prompts(parrot, monkeypatch)
+    type_lines(r"one\ntwo")
+    chat(parrot, tokenizer, max_new_tokens=2)
+    assert [tokenizer.decode(prompt) for prompt in prompts] == [
+        "<|im_start|>user\none\ntwo<|im_end|>\n<|im_start|>assistant\n"
+    ]
+
+
+def test_what_was_said_before_stays_in_the_conversation(
+    parrot: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, type_lines: TypeLines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = watch_prompts(parrot, monkeypatch)
+    type_lines("say it", " again ")
+    chat(parrot, tokenizer)
+    assert len(prompts) == 2
+    assert tokenizer.decode(prompts[1]) == (
+        f"<|im_start|>user\nsay it<|im_end|>\n<|im_start|>assistant\n{ANSWER}<|im_end|>\n"
+        "<|im_start|>user\nagain<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_a_pretrained_checkpoint_continues_what_is_typed(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    type_lines: TypeLines,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    prompts = watch_prompts(model, monkeypatch)
+    type_lines("Anna lives", "小雪")
+    chat(model, tokenizer, max_new_tokens=3)
+    assert prompts == encode_text(tokenizer, ["Anna lives", "小雪"])
+    assert "raw continuation" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ending", [[""], ["   "], []])
+def test_an_empty_line_or_the_end_of_input_ends_it(
+    parrot: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    type_lines: TypeLines,
+    monkeypatch: pytest.MonkeyPatch,
+    ending: list[str],
+) -> None:
+    prompts = watch_prompts(parrot, monkeypatch)
+    type_lines("say it", *ending, *(["never read"] if ending else []))
+    chat(parrot, tokenizer, max_new_tokens=2)
+    assert len(prompts) == 1
