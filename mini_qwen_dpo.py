@@ -26,13 +26,13 @@ def main(argv: list[str] | None = None) -> None:
     run.begin(training_args, *recipe)
 
     tokenizer = load_tokenizer(model_args.checkpoint)
-    model = load_model(model_args, tokenizer, training_args.precision, stage="dpo")
 
     # Both answers of a pair end in <|im_end|>; a pair that is too long loses the middle of its question.
     with training_args.main_process_first(desc="preparing pairs"):
         train_pairs, test_pairs, ledger = prepare_preferences(data_args, tokenizer, training_args.max_length)
     run.show_data(training_args, ledger)
 
+    model = load_model(model_args, tokenizer, training_args.precision, stage="dpo")
     trainer = PreparedDPOTrainer(
         model=model,
         args=training_args,
@@ -41,9 +41,10 @@ def main(argv: list[str] | None = None) -> None:
         processing_class=tokenizer,
         optimizers=(make_optimizer(model, training_args, training_args.muon_learning_rate), None),
     )
+    run.show_start(trainer)
     print_first_row(trainer)  # see what is trained on before paying for it
 
-    result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    result = trainer.train(resume_from_checkpoint=run.find_resume(training_args))
     run.finish(trainer, result, ledger, *recipe)
 
 

@@ -10,10 +10,12 @@ Reads:  checkpoint folders, and the held-out files that the recipe names.
 Writes: output_dir, with results.md, results.json and training_loss.png.
 """
 
+import time
 from pathlib import Path
 
 from transformers.utils import logging
 
+from mini_qwen import run
 from mini_qwen.evaluation import EvalData, evaluate, load_checkpoint
 from mini_qwen.generation import talk
 from mini_qwen.recipe import parse_recipe
@@ -29,8 +31,9 @@ def main(argv: list[str] | None = None) -> None:
         talk(model, tokenizer, args.max_new_tokens, args.temperature, args.top_p, args.repetition_penalty)
         return
 
+    started = time.time()
     records = evaluate(args)
-    print(write_report(Path(args.output_dir), args.prompts, records))
+    print(write_report(Path(args.output_dir), args.prompts, records, run.circumstances(started)))
 
 
 if __name__ == "__main__":

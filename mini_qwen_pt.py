@@ -13,7 +13,7 @@ from transformers import Trainer
 
 from mini_qwen import run
 from mini_qwen.documents import DocumentData, prepare_documents
-from mini_qwen.model import NewModel, build_model, needs_flat_rows
+from mini_qwen.model import NewModel, build_model, make_config, needs_flat_rows
 from mini_qwen.optimizer import make_optimizer
 from mini_qwen.packing import BlockCollator
 from mini_qwen.preview import print_first_row
@@ -28,13 +28,14 @@ def main(argv: list[str] | None = None) -> None:
     run.begin(training_args, *recipe)
 
     tokenizer = load_tokenizer(model_args.tokenizer)
-    model = build_model(model_args, tokenizer, training_args.precision, stage="pt")
+    make_config(model_args, tokenizer)  # sizes that cannot work are refused before any data is touched
 
     # Documents become blocks of exactly block_size tokens, once; the other processes wait and open the same files.
     with training_args.main_process_first(desc="preparing documents"):
         train_blocks, eval_blocks, ledger = prepare_documents(data_args, tokenizer, training_args.seed)
     run.show_data(training_args, ledger)
 
+    model = build_model(model_args, tokenizer, training_args.precision, stage="pt")
     trainer = Trainer(
         model=model,
         args=training_args,
@@ -44,9 +45,10 @@ def main(argv: list[str] | None = None) -> None:
         data_collator=BlockCollator(tokenizer.pad_token_id, flatten=needs_flat_rows(model)),
         optimizers=(make_optimizer(model, training_args, training_args.muon_learning_rate), None),
     )
+    run.show_start(trainer)
     print_first_row(trainer)  # see what is trained on before paying for it
 
-    result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    result = trainer.train(resume_from_checkpoint=run.find_resume(training_args))
     run.finish(trainer, result, ledger, *recipe)
 
 

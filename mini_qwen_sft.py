@@ -28,7 +28,6 @@ def main(argv: list[str] | None = None) -> None:
     run.begin(training_args, *recipe)
 
     tokenizer = load_tokenizer(model_args.checkpoint)
-    model = load_model(model_args, tokenizer, training_args.precision, stage="sft")
 
     # Every assistant turn's words and its <|im_end|> are trained, nothing else; rows that are too long lose early
     # turns or the middle of the question, never the end of an answer.
@@ -38,6 +37,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     run.show_data(training_args, ledger)
 
+    model = load_model(model_args, tokenizer, training_args.precision, stage="sft")
     trainer = SFTTrainer(
         model=model,
         args=training_args,
@@ -47,9 +47,10 @@ def main(argv: list[str] | None = None) -> None:
         data_collator=BlockCollator(tokenizer.pad_token_id, flatten=needs_flat_rows(model)),
         optimizers=(make_optimizer(model, training_args, training_args.muon_learning_rate), None),
     )
+    run.show_start(trainer)
     print_first_row(trainer)  # see what is trained on before paying for it
 
-    result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    result = trainer.train(resume_from_checkpoint=run.find_resume(training_args))
     run.finish(trainer, result, ledger, *recipe)
 
 

@@ -9,7 +9,8 @@ bash run.sh demo                                   the whole road on mini_data: 
 bash run.sh test [pytest arguments]                lint and tests; `test -m slow` runs the slow ones
 bash run.sh tokenizer|pt|sft|dpo|eval [--key value ...]
                                                    one stage; without --config its full recipe in recipes/
-bash run.sh all                                    pt, sft, dpo and eval, one after the other
+bash run.sh all [--key value ...]                  pt, sft, dpo and eval, one after the other; the keys go to
+                                                   the three training stages
 bash run.sh setup                                  only make .venv and install what is pinned
 
 --background, behind a stage or `all`, leaves it running after you log out. Every stage logs to logs/.
@@ -31,16 +32,20 @@ find_python() {
             return
         fi
     done
-    fail "Python 3.11 or newer is needed, and none was found. Install one and run this again."
 }
 
 setup() {
-    local wanted
+    local wanted python
     wanted=$(cat pyproject.toml constraints.txt | cksum)
     if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
-        [ -x .venv/bin/python ] || "$(find_python)" -m venv .venv
+        if [ ! -x .venv/bin/python ]; then
+            python=$(find_python)
+            [ -n "$python" ] || fail "Python 3.11 or newer is needed, and none was found. Install one, run this again."
+            "$python" -m venv .venv || fail "could not make .venv. On Debian and Ubuntu install python3-venv."
+        fi
         echo "installing the pinned packages into .venv (about two minutes the first time)"
-        .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable ".[test]"
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable ".[test]" ||
+            fail "the packages could not be installed, see above. Running this again continues."
         echo "$wanted" >.venv/installed
     fi
     export PATH="$PWD/.venv/bin:$PATH"
@@ -60,6 +65,8 @@ launch() { # stage, arguments of its script
     shift
     num_gpus=$(count_gpus)
     if [ "$num_gpus" -gt 1 ] && [[ "$stage" =~ ^(pt|sft|dpo)$ ]]; then
+        # One process prepares the data while no other waits for it, then all open what it left in the cache.
+        python "mini_qwen_$stage.py" "$@" --prepare_only true
         accelerate launch --config_file accelerate_config.yaml --num_processes "$num_gpus" "mini_qwen_$stage.py" "$@"
     else
         python "mini_qwen_$stage.py" "$@"
@@ -98,13 +105,17 @@ for argument in "$@"; do
 done
 set -- ${arguments[@]+"${arguments[@]}"}
 if $background; then
-    nohup bash run.sh "$command" "$@" >"logs/$command.out" 2>&1 &
-    echo "running in the background as process $!; output: logs/$command.out"
+    output=logs/$command-$(date +%Y%m%d-%H%M%S).out
+    nohup bash run.sh "$command" "$@" >"$output" 2>&1 &
+    echo "running in the background as process $!; output: $output"
     exit 0
 fi
 
 case $command in
-demo) setup && demo ;;
+demo)
+    setup
+    demo
+    ;;
 test)
     setup
     ruff check .
@@ -117,8 +128,8 @@ tokenizer | pt | sft | dpo | eval)
     ;;
 all)
     setup
-    [ $# -eq 0 ] || fail "'all' takes no overrides: a key of one stage means nothing to the next."
-    for stage in pt sft dpo eval; do run_logged "$stage" launch "$stage"; done
+    for stage in pt sft dpo; do run_logged "$stage" launch "$stage" "$@"; done
+    run_logged eval launch eval
     ;;
 setup) setup ;;
 help | --help | -h) usage ;;

@@ -1,9 +1,11 @@
 """The demo of DPO: the real stage script with its demo recipe. Works from any folder, passes overrides on."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 command = [sys.executable, "mini_qwen_dpo.py", "--config", "recipes/demo/dpo.yaml", *sys.argv[1:]]
-sys.exit(subprocess.run(command, cwd=ROOT).returncode)
+one_gpu = {"CUDA_VISIBLE_DEVICES": "0", **os.environ}  # the demo is small enough for one of several
+sys.exit(subprocess.run(command, cwd=ROOT, env=one_gpu).returncode)

@@ -54,9 +54,13 @@ def read_turns(value: Any, place: str) -> list[Turn]:
             raise SystemExit(
                 f"{place}: unknown role {role!r}. Known roles are {', '.join(ROLES)}; map or remove this turn first."
             )
+        if role == "system" and content in (None, ""):
+            continue  # no system turn, written as an empty one
         if not isinstance(content, str) or not content.strip():
             raise BadRow(f"empty {ROLES[role]} turn")
         turns.append({"role": ROLES[role], "content": content})
+    if not turns:
+        raise BadRow("no turns")
     return turns
 
 

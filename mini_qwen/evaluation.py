@@ -1,14 +1,13 @@
 """Checkpoints side by side: the same documents, questions, pairs and prompts for each, one row of figures each."""
 
 import gc
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from mini_qwen.chat import TokenRow, encode_text
 from mini_qwen.generation import Answer, encode_prompt, generate, speaks_chat
@@ -16,9 +15,10 @@ from mini_qwen.ledger import Ledger
 from mini_qwen.metrics import Unigram, bits_per_byte, exact_match, perplexity, repetition_rate
 from mini_qwen.model import check_checkpoint
 from mini_qwen.preferences import preference_rows
+from mini_qwen.report import training_facts
 from mini_qwen.rows import check_columns, find_files, read_rows
 from mini_qwen.scoring import score_rows
-from mini_qwen.tokenizer import load_tokenizer
+from mini_qwen.tokenizer import count_bytes, load_tokenizer
 from mini_qwen.training import choose_precision
 
 
@@ -50,9 +50,7 @@ class Questions:
 
     @classmethod
     def read(cls, paths: list[str]) -> "Questions":
-        files = find_files(paths)
-        check_columns(files, [["question", "answer"]])
-        rows = list(read_rows(files, ["question", "answer", "group"]))
+        rows = list(read_rows(find_files(paths), ["question", "answer", "group"]))
         for row in rows:
             for name in ("question", "answer"):
                 if not isinstance(row.values.get(name), str):
@@ -63,10 +61,16 @@ class Questions:
 
 
 def load_checkpoint(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer, on the GPU if there is one.
+
+    A checkpoint of another project does not say its stage; it counts as fine-tuned if it brings a chat template.
+    """
     check_checkpoint(path)
     precision = choose_precision()
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True).eval()
+    if not hasattr(model.config, "training_stage"):
+        model.config.training_stage = "sft" if AutoTokenizer.from_pretrained(path).chat_template else "pt"
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), load_tokenizer(path)
 
 
@@ -78,23 +82,18 @@ def document_tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_le
 
 def read_texts(paths: list[str]) -> list[str]:
     files = find_files(paths)
-    check_columns(files, [["text"]])
     return [row.values["text"] for row in read_rows(files, ["text"]) if row.values.get("text")]
 
 
 def score_documents(args: EvalData, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
     """Bits per byte and perplexity of held-out documents, and of a unigram model of the same tokens.
 
-    The first token of a document is scored by neither: it has nothing before it.
+    The first token of a document has nothing before it: neither its bits nor its bytes count.
     """
-    texts = read_texts(args.documents)
-    rows = document_tokens(tokenizer, texts, args.max_length)
+    rows = document_tokens(tokenizer, read_texts(args.documents), args.max_length)
     scores = score_rows(model, rows, "documents")
     total, count = sum(score.sum_log_prob for score in scores), sum(score.num_tokens for score in scores)
-    num_bytes = sum(
-        len(text.encode()) if len(row.ids) < args.max_length else len(tokenizer.decode(row.ids).encode())
-        for text, row in zip(texts, rows, strict=True)
-    )
+    num_bytes = sum(count_bytes(tokenizer, row.ids[1:]) for row in rows)
     figures = {"bits_per_byte": bits_per_byte(total, num_bytes), "perplexity": perplexity(total, count)}
     if args.unigram_documents:
         training_rows = document_tokens(tokenizer, read_texts(args.unigram_documents), args.max_length)
@@ -108,7 +107,7 @@ def ask(
     args: EvalData, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], desc: str
 ) -> list[Answer]:
     """Answers to single questions, in the checkpoint's own manner: chat template or raw continuation."""
-    chat = speaks_chat(model, tokenizer)
+    chat = speaks_chat(model)
     prompts = [encode_prompt(tokenizer, [{"role": "user", "content": text}], chat) for text in texts]
     return generate(model, tokenizer, prompts, args.max_new_tokens, args.batch_size, desc)
 
@@ -122,15 +121,24 @@ def score_questions(args: EvalData, model: PreTrainedModel, tokenizer: PreTraine
         chosen = [index for index, name in enumerate(questions.groups) if name == group]
         right = [questions.answers[index] for index in chosen]
         figures[f"accuracy_{group}"] = exact_match([answers[index].text for index in chosen], right)
-    figures["stop_rate"] = fmean(answer.stopped for answer in answers)
-    figures["repetition_4gram"] = fmean(repetition_rate(answer.ids) for answer in answers)
-    return figures
+    return figures | manners(answers)
+
+
+def manners(answers: list[Answer]) -> dict[str, float]:
+    """How many answers stop by themselves, and the mean share of their 4-grams that occur more than once."""
+    return {
+        "stop_rate": fmean(answer.stopped for answer in answers),
+        "repetition_4gram": fmean(repetition_rate(answer.ids) for answer in answers),
+    }
 
 
 def score_preferences(args: EvalData, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
     """Share of held-out pairs whose chosen answer has the higher log-probability, and the mean margin in nats."""
+    ledger = Ledger()
     rows = read_rows(find_files(args.preferences), ["prompt", "chosen", "rejected"])
-    pairs = list(preference_rows(rows, tokenizer, args.max_length, Ledger()))
+    pairs = list(preference_rows(rows, tokenizer, args.max_length, ledger))
+    ledger.check(max_drop_share=1.0)
+    print(f"preferences: {ledger.rows_kept:,} of {ledger.rows_read:,} pairs scored {dict(ledger.rows_dropped) or ''}")
     sides = [
         TokenRow(pair["prompt_ids"] + pair[side], [False] * len(pair["prompt_ids"]) + [True] * len(pair[side]))
         for side in ("chosen_ids", "rejected_ids")
@@ -146,8 +154,7 @@ def score_preferences(args: EvalData, model: PreTrainedModel, tokenizer: PreTrai
 
 def evaluate(args: EvalData) -> list[dict[str, Any]]:
     """One record for each checkpoint: where it comes from, its figures, its answers to the prompts."""
-    for checkpoint in args.checkpoints:
-        check_checkpoint(checkpoint)
+    check_inputs(args)
     records = []
     for checkpoint in args.checkpoints:
         print(f"evaluating {checkpoint}")
@@ -161,10 +168,12 @@ def evaluate(args: EvalData) -> list[dict[str, Any]]:
             if wanted:
                 figures |= score(args, model, tokenizer)
         answers = ask(args, model, tokenizer, args.prompts, "prompts") if args.prompts else []
+        if answers and not args.questions:
+            figures |= manners(answers)
         records.append(
             {
                 "checkpoint": checkpoint,
-                "stage": getattr(model.config, "training_stage", Path(checkpoint).name),
+                "stage": model.config.training_stage,
                 "parameters": model.num_parameters(),
                 **training_facts(Path(checkpoint)),
                 **figures,
@@ -176,13 +185,14 @@ def evaluate(args: EvalData) -> list[dict[str, Any]]:
     return records
 
 
-def training_facts(checkpoint: Path) -> dict[str, Any]:
-    """Steps, trained tokens, seconds and last loss, from the records beside the checkpoint where there are any."""
-    facts: dict[str, Any] = {}
-    if (checkpoint / "trainer_state.json").is_file():
-        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
-        facts |= {"steps": state["global_step"], "last_loss": losses[-1] if losses else None}
-    if (checkpoint / "run.json").is_file():
-        facts["seconds"] = json.loads((checkpoint / "run.json").read_text(encoding="utf-8"))["seconds"]
-    return facts
+def check_inputs(args: EvalData) -> None:
+    """Refuse checkpoints and files that cannot be used before the first model is loaded."""
+    for checkpoint in args.checkpoints:
+        check_checkpoint(checkpoint)
+    for paths, choices in [
+        (args.documents, [["text"]]),
+        (args.unigram_documents, [["text"]]),
+        (args.questions, [["question", "answer"]]),
+        (args.preferences, [["chosen", "rejected"]]),
+    ]:
+        check_columns(find_files(paths), choices)

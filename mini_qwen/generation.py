@@ -16,10 +16,16 @@ class Answer(NamedTuple):
     stopped: bool  # ended with <|im_end|> before the length limit
 
 
-def speaks_chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether to use the chat template: not with a checkpoint of our PT stage, else if the tokenizer has one."""
-    stage = getattr(model.config, "training_stage", None)
-    return stage != "pt" if stage else tokenizer.chat_template is not None
+def speaks_chat(model: PreTrainedModel) -> bool:
+    """Whether the checkpoint answers in the chat template; one of the PT stage continues raw text."""
+    return model.config.training_stage != "pt"
+
+
+class WholeCharacters(TextStreamer):
+    """Prints text as it comes, but never the first bytes of a character whose last ones did not come."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        super().on_finalized_text(text.rstrip("\ufffd"), stream_end)
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, turns: list[Turn], chat: bool) -> list[int]:
@@ -48,7 +54,11 @@ def generate(
         chosen = order[start : start + batch_size]
         batch = tokenizer.pad({"input_ids": [prompts[index] for index in chosen]}, return_tensors="pt")
         output = model.generate(
-            **batch.to(model.device), max_new_tokens=max_new_tokens, do_sample=False, use_cache=True
+            **batch.to(model.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            repetition_penalty=1.0,
+            use_cache=True,
         )
         for index, ids in zip(chosen, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
             stopped = tokenizer.eos_token_id in ids
@@ -67,10 +77,10 @@ def talk(
     repetition_penalty: float,
 ) -> None:
     """A conversation in the terminal until an empty line. A typed `\\n` means a line break."""
-    chat = speaks_chat(model, tokenizer)
+    chat = speaks_chat(model)
     print("chat" if chat else "raw continuation (a pretrained checkpoint)", "- an empty line ends it")
     turns: list[Turn] = []
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = WholeCharacters(tokenizer, skip_prompt=True, skip_special_tokens=True)
     while text := read_line():
         turns.append({"role": "user", "content": text.replace("\\n", "\n")})
         prompt = torch.tensor([encode_prompt(tokenizer, turns, chat)], device=model.device)
@@ -85,7 +95,7 @@ def talk(
             repetition_penalty=repetition_penalty,
             use_cache=True,
         )
-        answer = tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True)
+        answer = tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True).rstrip("\ufffd")
         turns.append({"role": "assistant", "content": answer})
 
 

@@ -52,15 +52,11 @@ def make_optimizer(
 ) -> torch.optim.Optimizer | None:
     """MuonWithAdamW when the recipe sets `muon_learning_rate`, else None: the Trainer makes the one `optim` names.
 
-    Raises SystemExit under DeepSpeed, which hands a client optimizer flattened shards that are no matrices any more.
+    Not under DeepSpeed, which hands a client optimizer flattened shards that are no matrices any more.
     """
     if muon_learning_rate is None:
         return None
-    if args.deepspeed_plugin is not None:
-        raise SystemExit(
-            "muon_learning_rate works on one process or under DDP, not under DeepSpeed, whose shards are no matrices "
-            "any more. Leave it out of the recipe, or launch without DeepSpeed."
-        )
+    assert args.deepspeed_plugin is None
     named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
     matrices = [weight for name, weight in named if weight.ndim == 2 and ".layers." in name]
     chosen = {id(weight) for weight in matrices}

@@ -72,12 +72,12 @@ def cut_blocks(store: TokenStore, block_size: int, isolate: bool, keep_tail: boo
 
     Args:
         isolate: keep the documents of a block apart; otherwise each token sees all of its block before it.
-        keep_tail: make a shorter last block of what is left over, else leave it out.
+        keep_tail: make a shorter last block of what is left over, if it has a token to predict; else leave it out.
     """
     num_blocks, tail = divmod(store.num_tokens, block_size)
-    num_blocks += keep_tail and tail > 0
+    cuts = span_starts(store, block_size, isolate, store.num_tokens)
+    num_blocks += keep_tail and np.count_nonzero(cuts >= num_blocks * block_size) < tail
     end = min(num_blocks * block_size, store.num_tokens)
-    cuts = span_starts(store, block_size, isolate, end)
 
     def spans(index: int) -> list[Span]:
         low, high = index * block_size, min((index + 1) * block_size, end)

@@ -7,6 +7,7 @@ import sys
 import types
 import typing
 from collections.abc import Mapping
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -30,37 +31,57 @@ def parse_recipe(*classes: type, argv: list[str] | None = None, default: str) ->
     """
     argv = sys.argv[1:] if argv is None else argv
     overrides = read_overrides(argv)
-    path = find_recipe(overrides.pop("config", default))
+    path = find_recipe(" ".join(overrides.pop("config", [default])) or "(--config names none)")
     written = {key: (value, f"in {path}") for key, value in load_yaml(path).items()}
-    written |= {key: (value, "on the command line") for key, value in overrides.items()}
+    written |= {key: (words, "on the command line") for key, words in overrides.items()}
     owners = {field.name: cls for cls in reversed(classes) for field in dataclasses.fields(cls) if field.init}
     values: dict[type, dict[str, Any]] = {cls: {} for cls in classes}
     for key, (value, place) in written.items():
         if key not in owners:
             near = difflib.get_close_matches(key, owners, n=1)
             cure = f"Did you mean '{near[0]}'?" if near else "See the recipes/ folder for the keys there are."
-            raise SystemExit(f"Unknown recipe key '{key}' (value {value!r}) {place}. {cure}")
-        values[owners[key]][key] = check_type(owners[key], key, value, place)
+            raise SystemExit(f"Unknown recipe key '{key}' (value {show(value)}) {place}. {cure}")
+        owner = owners[key]
+        instead = getattr(owner, "decided", {}).get(key)
+        if instead is not None:
+            raise SystemExit(f"Recipe key '{key}' {place} has no effect here. Set instead: {instead}.")
+        value = read_words(typing.get_type_hints(owner)[key], value) if isinstance(value, Words) else value
+        values[owner][key] = check_type(owner, key, value, place)
     return tuple(build(cls, values[cls], path) for cls in classes)
 
 
-def read_overrides(argv: list[str]) -> dict[str, Any]:
-    """`["--block_size", "64", "--packing=false"]` becomes `{"block_size": 64, "packing": False}`.
+class Words(list[str]):
+    """What stands behind one --key on the command line, as typed."""
 
-    A flag without a value means true; several values make a list. Values are read as YAML, so types come out right.
-    """
-    overrides: dict[str, Any] = {}
+
+def read_overrides(argv: list[str]) -> dict[str, Words]:
+    """`["--block_size", "64", "--packing=false"]` becomes `{"block_size": ["64"], "packing": ["false"]}`."""
+    overrides: dict[str, Words] = {}
     key = None
     for word in argv:
         if word.startswith("--") and len(word) > 2:
-            key, equals, value = word[2:].replace("-", "_").partition("=")
-            overrides[key] = [value] if equals else []
+            key, equals, value = word[2:].partition("=")
+            key = key.replace("-", "_")
+            overrides[key] = Words([value] if equals else [])
         elif key is None:
             raise SystemExit(f"Do not understand '{word}'. Overrides are written as --key value.")
         else:
             overrides[key].append(word)
-    parsed = {key: [parse_scalar(word) for word in words] for key, words in overrides.items()}
-    return {key: True if not words else words[0] if len(words) == 1 else words for key, words in parsed.items()}
+    return overrides
+
+
+def read_words(hint: Any, words: Words) -> Any:
+    """The value that the words stand for: text stays as typed where the key is text, all else is read as YAML.
+
+    No word means true, several make a list, as does one written like a YAML list; `null` is nothing for every key.
+    """
+    choices = hint_choices(hint)
+    is_text = str in choices or any(typing.get_args(part) == (str,) for part in choices)
+    keep = is_text and bool not in choices and words != ["null"]
+    parsed = list(words) if keep else [parse_scalar(word) for word in words]
+    if keep and len(words) == 1 and words[0].startswith("[") and isinstance(parse_scalar(words[0]), list):
+        parsed = [parse_scalar(words[0])]
+    return True if not parsed else parsed[0] if len(parsed) == 1 else parsed
 
 
 def parse_scalar(word: str) -> Any:
@@ -68,6 +89,15 @@ def parse_scalar(word: str) -> Any:
         return yaml.safe_load(word)
     except yaml.YAMLError:
         return word
+
+
+def show(value: Any) -> str:
+    return repr(" ".join(value) if isinstance(value, Words) else value)
+
+
+def hint_choices(hint: Any) -> tuple[Any, ...]:
+    """The alternatives of a type hint: `int | None` -> (int, NoneType), `int` -> (int,)."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
 def find_recipe(name: str) -> Path:
@@ -84,6 +114,9 @@ def load_yaml(path: Path) -> dict[str, Any]:
         raise SystemExit(f"{path} is not valid YAML: {error}") from None
     if not isinstance(recipe, Mapping):
         raise SystemExit(f"{path} holds {type(recipe).__name__}, not a list of 'key: value' lines.")
+    wrong = [key for key in recipe if not isinstance(key, str)]
+    if wrong:
+        raise SystemExit(f"{path} has the key {wrong[0]!r}, which YAML does not read as text. Keys are names.")
     return dict(recipe)
 
 
@@ -93,10 +126,12 @@ def check_type(cls: type, key: str, value: Any, place: str) -> Any:
     Text that reads as a number is accepted for a float (YAML's `1e-4`), and one item for a list of one.
     """
     hint = typing.get_type_hints(cls)[key]
-    choices = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    choices = hint_choices(hint)
     if isinstance(value, str) and float in choices:
         with contextlib.suppress(ValueError):
             value = float(value)
+    if value is False and any(isinstance(part, type) and issubclass(part, Enum) for part in choices):
+        value = "no"  # what YAML reads an unquoted `no` as, the name of a strategy here
     if isinstance(value, bool) and not accepts_bool(hint):
         raise SystemExit(f"Recipe key '{key}' is {value!r} {place}, but must be {describe(hint)}.")
     if isinstance(value, (str, int, float)) and all(typing.get_origin(part) in (list, None) for part in choices):

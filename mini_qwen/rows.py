@@ -19,7 +19,7 @@ class DataKeys:
 
     train_files: list[str]  # files or folders; folders are searched for parquet, jsonl and json
     max_drop_share: float = 0.05  # above this share of dropped rows the run stops
-    cache_dir: str = "cache"  # prepared token rows
+    cache_dir: str = "cache"  # prepared token rows, 4 or 5 bytes a token; old folders in it may be removed
 
 
 class Row(NamedTuple):
@@ -42,8 +42,8 @@ def find_files(paths: list[str]) -> list[Path]:
         path = Path(name)
         if not path.exists():
             raise SystemExit(
-                f"There is no data at '{name}'. The recipe's train_files must name existing files or folders: "
-                "mini_data/ comes with the project, 'bash prepare.sh' fetches the big data into data/."
+                f"There is no data at '{name}'. Name a file or folder that exists: mini_data/ comes with the project, "
+                "'bash prepare.sh' fetches the big data into data/."
             )
         files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES) if path.is_dir() else [path]
         if not files:
@@ -88,27 +88,55 @@ def read_file(file: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
     if file.suffix == ".parquet":
         parquet = open_parquet(file)
         present = [name for name in columns if name in parquet.schema_arrow.names]
-        for batch in parquet.iter_batches(batch_size=1000, columns=present):
-            yield from batch.to_pylist()
-        return
-    with file.open(encoding="utf-8") as stream:
         try:
-            records = json.load(stream) if file.suffix == ".json" else map(json.loads, filter(str.strip, stream))
-            for number, record in enumerate(records):
-                if not isinstance(record, dict):
-                    raise SystemExit(f"{file}, row {number} holds {record!r:.80}, not an object with named fields.")
-                yield {name: record[name] for name in columns if name in record}
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise SystemExit(f"{file} is not valid {file.suffix[1:]} in UTF-8: {error}. Repair that line.") from None
+            for batch in parquet.iter_batches(batch_size=1000, columns=present):
+                yield from batch.to_pylist()
+        except (pa.ArrowInvalid, OSError) as error:
+            raise SystemExit(f"{file} is damaged inside: {error}. Fetch it again.") from None
+        return
+    for number, record in enumerate(read_json(file) if file.suffix == ".json" else read_jsonl(file)):
+        if not isinstance(record, dict):
+            raise SystemExit(f"{file}, row {number} holds {record!r:.80}, not an object with named fields.")
+        yield {name: record[name] for name in columns if name in record}
+
+
+def read_json(file: Path) -> list[Any]:
+    try:
+        records = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise SystemExit(f"{file} is not valid json in UTF-8: {error}.") from None
+    if not isinstance(records, list):
+        raise SystemExit(f"{file} holds {records!r:.80}, not a list of objects with named fields.")
+    return records
+
+
+def read_jsonl(file: Path) -> Iterator[Any]:
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                try:
+                    yield json.loads(line.decode("utf-8"))
+                except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                    raise SystemExit(f"{file}, line {number} is not valid json in UTF-8: {error}.") from None
 
 
 def check_columns(files: list[Path], choices: list[list[str]]) -> None:
-    """Before anything expensive: every parquet file must have all columns of at least one of the `choices`."""
+    """Before anything expensive: every file must have all columns of at least one of the `choices`.
+
+    Of a jsonl or json file its first row is looked at; a file without rows passes.
+    """
     for file in files:
-        names = open_parquet(file).schema_arrow.names if file.suffix == ".parquet" else None
+        names = column_names(file)
         if names is not None and not any(set(choice) <= set(names) for choice in choices):
             wanted = " or ".join(" + ".join(f"'{name}'" for name in choice) for choice in choices)
             raise SystemExit(f"{file} lacks the column {wanted}. It has: {', '.join(names)}.")
+
+
+def column_names(file: Path) -> list[str] | None:
+    if file.suffix == ".parquet":
+        return open_parquet(file).schema_arrow.names
+    first = next(iter(read_json(file) if file.suffix == ".json" else read_jsonl(file)), None)
+    return list(first) if isinstance(first, dict) else None
 
 
 def choose_held_out(files: list[Path], eval_rows: int, seed: int) -> set[int]:

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import TrainOutput
@@ -24,18 +25,24 @@ PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "deepspeed
 
 
 def begin(training_args: TrainingArguments, *recipe: Any) -> None:
-    """Refuse an output folder in use, fix the seed, and say what runs on what. Writes nothing.
+    """Refuse what cannot go well, fix the seed, and say what runs on what. Writes nothing.
 
-    Raises SystemExit when output_dir holds checkpoints of an earlier run that this one is not told to continue.
+    Raises SystemExit when output_dir holds checkpoints of an earlier run that this one is not told to continue, when
+    there is nothing to continue, and for launches that do not fit the recipe.
     """
-    if training_args.n_gpu > 1:
+    huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True  # TRL's trainers would report their use
+    if training_args.n_gpu > 1 and not training_args.prepare_only:
         raise SystemExit(
             f"{training_args.n_gpu} GPUs are visible to one process. Start one process for each GPU, 'bash run.sh "
             "STAGE' or 'accelerate launch --config_file accelerate_config.yaml', or show one: CUDA_VISIBLE_DEVICES=0."
         )
     checkpoints = sorted(Path(training_args.output_dir).glob("checkpoint-*"))
-    if training_args.resume_from_checkpoint is True and not checkpoints:
-        raise SystemExit(f"There is no checkpoint to resume from in {training_args.output_dir}. Leave the flag out.")
+    find_resume(training_args)
+    if training_args.muon_learning_rate is not None and training_args.deepspeed_plugin is not None:
+        raise SystemExit(
+            "muon_learning_rate works on one process, not under DeepSpeed, whose shards are no matrices any more. "
+            "Leave it out of the recipe, or start one process: CUDA_VISIBLE_DEVICES=0."
+        )
     if checkpoints and not training_args.resume_from_checkpoint and not training_args.prepare_only:
         raise SystemExit(
             f"{training_args.output_dir} holds {checkpoints[-1].name} of an earlier run. Pass "
@@ -49,6 +56,37 @@ def begin(training_args: TrainingArguments, *recipe: Any) -> None:
         for part in recipe:
             keys = ", ".join(f"{key}={value}" for key, value in plain_recipe(part).items())
             print(f"{type(part).__name__}: {keys}")
+
+
+def step_of(checkpoint: Path) -> int:
+    """500 for checkpoint-500, 0 for a folder of another name."""
+    step = checkpoint.name.rpartition("-")[2]
+    return int(step) if step.isdigit() else 0
+
+
+def find_resume(args: TrainingArguments) -> str | None:
+    """The checkpoint folder to continue from: the named one, or for `true` the newest complete one of output_dir.
+
+    The Trainer writes trainer_state.json last; a folder without it was interrupted and is passed over, by name.
+    Raises SystemExit when there is none.
+    """
+    wanted = args.resume_from_checkpoint
+    if not wanted:
+        return None
+    folders = Path(args.output_dir).glob("checkpoint-*") if wanted is True else [Path(wanted)]
+    for folder in sorted(folders, key=step_of, reverse=True):
+        if (folder / "trainer_state.json").is_file():
+            return str(folder)
+        if args.process_index == 0:
+            print(f"{folder} is no complete checkpoint: trainer_state.json is missing")
+    raise SystemExit(f"There is no checkpoint to resume from: {args.output_dir if wanted is True else wanted}.")
+
+
+def show_start(trainer: Trainer) -> None:
+    """Print the size of what is trained, and which attention keeps its documents apart."""
+    if trainer.is_world_process_zero():
+        model, rows = trainer.model, len(trainer.train_dataset)
+        print(f"{model.num_parameters():,} parameters, attention {model.config._attn_implementation}, {rows:,} rows")
 
 
 def describe_device(args: TrainingArguments) -> str:
@@ -87,6 +125,18 @@ def show_data(args: TrainingArguments, ledger: Ledger) -> None:
         raise SystemExit(0)
 
 
+def circumstances(started: float) -> dict[str, Any]:
+    """What every record of a run begins with: command, end, seconds since `started`, commit, versions, machine."""
+    return {
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(time.time() - started, 1),
+        "commit": git_commit(),
+        "versions": versions(),
+        "cores": os.cpu_count(),
+    }
+
+
 def finish(trainer: Trainer, result: TrainOutput, ledger: Ledger, *recipe: Any) -> None:
     """Write the finished model with its tokenizer, the records of the run, and its loss curve to output_dir.
 
@@ -101,14 +151,8 @@ def finish(trainer: Trainer, result: TrainOutput, ledger: Ledger, *recipe: Any) 
     trainer.save_model()
     if trainer.is_world_process_zero():
         trainer.model.generation_config.save_pretrained(folder)
-        record = {
-            "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-            "seconds": round(time.time() - trainer.args.started, 1),
-            "commit": git_commit(),
-            "versions": versions(),
+        record = circumstances(trainer.args.started) | {
             "device": describe_device(trainer.args),
-            "cores": os.cpu_count(),
             "attention": trainer.model.config._attn_implementation,
             "precision": trainer.args.precision,
             "parameters": trainer.model.num_parameters(),

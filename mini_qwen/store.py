@@ -1,8 +1,10 @@
 """Token rows on disk: written once as they come, opened memory-mapped by every run and every process after."""
 
+import contextlib
 import hashlib
 import json
 import shutil
+import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -12,6 +14,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from mini_qwen.ledger import Ledger
+
+# What decides the tokens of a row, beside the tokenizer and the template.
+ROW_MODULES = ("chat", "conversations", "documents", "ledger", "preferences", "rows", "store")
 
 
 class TokenStore:
@@ -81,10 +86,10 @@ def prepare_once(
     """The folder that `build` filled, from an earlier run if nothing that it depends on has changed since.
 
     The folder's name is a hash of the files (path, size, time of change), the tokenizer, the chat template, the
-    `settings` and this package's source, so that an edited function never meets rows that its old version made.
-    A folder is complete or absent: `build` fills a temporary one, which is renamed at the end.
+    `settings` and the source of the modules that make rows, so that an edited function never meets rows that its old
+    version made. A folder is complete or absent: `build` fills one of its own, which is renamed at the end.
     """
-    source = sorted(Path(__file__).parent.glob("*.py"))
+    source = [Path(__file__).parent / f"{name}.py" for name in ROW_MODULES]
     parts = {
         "files": [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files],
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
@@ -95,10 +100,14 @@ def prepare_once(
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(cache_dir) / f"{stage}-{key}"
     if not folder.exists():
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        ledger = build(partial)
-        (partial / "ledger.json").write_text(json.dumps(ledger.as_dict(), indent=2), encoding="utf-8")
-        partial.rename(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=folder.name + ".partial-", dir=folder.parent))
+        try:
+            ledger = build(partial)
+            (partial / "ledger.json").write_text(json.dumps(ledger.as_dict(), indent=2), encoding="utf-8")
+            with contextlib.suppress(OSError):  # another process may have been faster, with the same rows
+                partial.rename(folder)
+            assert folder.exists(), folder
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     return folder, Ledger.from_dict(json.loads((folder / "ledger.json").read_text(encoding="utf-8")))

@@ -70,3 +70,9 @@ def bytes_per_token(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> flo
     """How many UTF-8 bytes one token stands for, on average: higher means shorter sequences."""
     num_tokens = sum(len(ids) for ids in encode_text(tokenizer, texts))
     return sum(len(text.encode()) for text in texts) / num_tokens
+
+
+def count_bytes(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> int:
+    """Bytes of text that the tokens stand for: byte-level BPE writes one character for each; the end token is none."""
+    tokens = tokenizer.convert_ids_to_tokens([token for token in ids if token != tokenizer.eos_token_id])
+    return sum(map(len, tokens))

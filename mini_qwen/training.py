@@ -3,13 +3,14 @@
 import importlib.util
 import time
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from transformers import TrainingArguments
 from trl import DPOConfig, SFTConfig
 
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
+Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"]
 
 
 def choose_precision(wanted: Precision = "auto") -> Precision:
@@ -24,7 +25,7 @@ def choose_precision(wanted: Precision = "auto") -> Precision:
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
-def choose_attention(wanted: str = "auto", precision: Precision = "fp32") -> str:
+def choose_attention(wanted: Attention = "auto", precision: Precision = "fp32") -> Attention:
     """`flash_attention_2` where it is installed and the GPU (compute capability 8 or newer) can, else `sdpa`."""
     if wanted != "auto":
         return wanted
@@ -47,8 +48,15 @@ class StageKeys:
     # A loss that is not finite must be seen in the log, not filtered out of it.
     logging_nan_inf_filter: bool = False
 
+    decided: ClassVar[dict[str, str]] = {  # keys that a recipe may not set, and what to set instead
+        "bf16": "precision: bf16",
+        "fp16": "precision: fp16",
+        "use_cpu": "CUDA_VISIBLE_DEVICES= in the environment",
+        "gradient_checkpointing": "activation_checkpointing",
+    }
+
     def __post_init__(self) -> None:
-        if self.needs_gpu and not torch.cuda.is_available():
+        if self.needs_gpu and not self.prepare_only and not torch.cuda.is_available():
             raise ValueError(
                 "this recipe is written for a GPU (needs_gpu: true), and torch sees none here. For a first run on a "
                 "CPU use the recipes in recipes/demo, or pass --needs_gpu false to run this one on the CPU."
@@ -58,7 +66,7 @@ class StageKeys:
         self.bf16, self.fp16 = self.precision == "bf16", self.precision == "fp16"
         self.use_cpu = not torch.cuda.is_available()
         self.dataloader_pin_memory = not self.use_cpu
-        # Without this accelerate takes the torch generator's seed of the moment, which under DeepSpeed's DPO is another.
+        # Else accelerate takes the seed that torch's generator has at that moment, and DPO changes it on the way.
         self.data_seed = self.seed if self.data_seed is None else self.data_seed
         super().__post_init__()
 
@@ -73,6 +81,12 @@ class AnswerConfig(StageKeys, SFTConfig):
     """Supervised fine-tuning: the keys of TRL's SFTConfig and ours."""
 
     gradient_checkpointing: bool | None = None  # TRL's default is on: 1.3 times slower where memory allows it off
+    decided: ClassVar[dict[str, str]] = StageKeys.decided | dict.fromkeys(
+        ("padding_free", "packing_strategy", "eval_packing", "completion_only_loss", "assistant_only_loss")
+        + ("dataset_text_field", "dataset_num_proc", "dataset_kwargs", "shuffle_dataset", "chat_template_path")
+        + ("eos_token", "pad_token", "pad_to_multiple_of", "truncation_mode"),
+        "nothing: rows are prepared by mini_qwen.conversations, see docs/data.md",
+    )
 
     def __post_init__(self) -> None:
         # Rows come prepared: tokenised, masked, shortened and packed by mini_qwen.conversations.

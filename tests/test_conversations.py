@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mini_qwen.chat import BadRow, TokenRow, Turn, encode_chat, encode_text
 from mini_qwen.conversations import (
+    MIN_PROMPT,
     ConversationData,
     conversation_rows,
     cut_middle,
@@ -144,10 +145,10 @@ def test_shortening_costs_early_turns_then_the_questions_middle_never_an_answer(
     try:
         whole, fitted = fit_conversation(tokenizer, turns, max_length)
     except BadRow:
-        # Even with the smallest question that may be left, the answer does not fit.
-        needed = len(encode_chat(tokenizer, last_alone).ids) - len(question)
-        assert needed + min(16, len(question)) > max_length or len(question) < 16
-        assert needed + len(question) > max_length
+        # The answer does not fit beside the whole question, nor beside the smallest part that may be left of it.
+        rest = len(encode_chat(tokenizer, last_alone).ids) - len(question)
+        assert rest + len(question) > max_length
+        assert rest + MIN_PROMPT > max_length
         return
     assert whole == complete
     assert len(fitted.ids) <= max_length
@@ -190,6 +191,16 @@ def test_questions_middle_is_cut_and_its_two_ends_stay(tokenizer: PreTrainedToke
     assert 78 <= len(fitted.ids) <= 80  # no more is lost than must be
 
 
+def test_a_question_is_cut_to_the_least_that_may_be_left_and_no_further(tokenizer: PreTrainedTokenizerBase) -> None:
+    turns = make_turns("be brief", [("apples " * 60, "17 birds.")])
+    (question,) = encode_text(tokenizer, ["apples " * 60])
+    least = len(encode_chat(tokenizer, turns).ids) - len(question) + MIN_PROMPT
+    _, fitted = fit_conversation(tokenizer, turns, max_length=least)
+    assert len(fitted.ids) == least
+    with pytest.raises(BadRow, match="max_length"):
+        fit_conversation(tokenizer, turns, max_length=least - 1)
+
+
 @settings(max_examples=100)
 @given(text=st.text(st.sampled_from("🙂👩‍👩‍👧é小猫a "), min_size=1, max_size=30), length=st.integers(0, 60))
 def test_the_cut_leaves_no_half_characters(tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> None:
@@ -199,6 +210,19 @@ def test_the_cut_leaves_no_half_characters(tokenizer: PreTrainedTokenizerBase, t
     cut = cut_middle(tokenizer, ids, length)
     assert length - 6 <= len(cut) <= length  # an end of a character of 4 bytes lacks 3 at most
     assert "\ufffd" not in tokenizer.decode(cut)
+
+
+def test_rows_that_lost_a_part_are_counted_with_their_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
+    """A last question without an answer is no part of the row; its tokens are not read."""
+    conversations = [exchange(1), [*exchange(2), QUESTION], [*exchange(3, " apples" * 30), *exchange(4)]]
+    rows = [row({"conversations": turns}) for turns in conversations]
+    ledger = Ledger()
+    fitted = [token_row for token_row, _ in conversation_rows(rows, tokenizer, 64, ledger, set())]
+    assert (ledger.rows_kept, ledger.rows_shortened) == (3, 2)
+    whole = sum(len(encode_chat(tokenizer, read_conversation(token_row.values, "here")[0]).ids) for token_row in rows)
+    kept = sum(len(token_row.ids) for token_row in fitted)
+    assert ledger.tokens_read == whole
+    assert ledger.tokens_dropped == {"shortened to max_length": whole - kept}
 
 
 def test_an_answer_that_does_not_fit_is_dropped_and_counted(

@@ -82,6 +82,19 @@ def test_any_depth_builds_computes_and_saves(
     assert len(again.model.layers) == again.config.num_hidden_layers == num_layers
 
 
+@pytest.mark.parametrize("num_layers", [1, 5])
+def test_the_base_may_be_a_config_that_transformers_saved(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, num_layers: int
+) -> None:
+    """Such a config lists the type of every one of its layers, here three."""
+    resize_config(BASE, SMALL | {"num_hidden_layers": 3}).save_pretrained(tmp_path / "base")
+    assert len(json.loads((tmp_path / "base/config.json").read_text(encoding="utf-8"))["layer_types"]) == 3
+    args = new_model(base_config=str(tmp_path / "base"), num_hidden_layers=num_layers)
+    model = build_model(args, tokenizer, "fp32", "pt")
+    model.save_pretrained(tmp_path / "new")
+    assert len(AutoModelForCausalLM.from_pretrained(tmp_path / "new").model.layers) == num_layers
+
+
 def nearest_that_work(message: str) -> list[int]:
     found = re.search(r"that work: \[([\d, ]+)\]", message)
     assert found, message

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from mini_qwen.chat import BadRow, Turn, encode_chat, encode_text
+from mini_qwen.conversations import MIN_PROMPT
 from mini_qwen.ledger import Ledger
 from mini_qwen.preferences import PreferenceData, fit_pair, preference_rows, prepare_preferences, read_pair
 from mini_qwen.rows import Row
@@ -140,7 +141,9 @@ def test_shortening_costs_early_turns_then_the_questions_middle_never_an_answer(
     try:
         whole, fitted = fit_pair(tokenizer, make_history(exchanges, system, question), *answers, max_length)
     except BadRow:
+        (ids,) = encode_text(tokenizer, [question])
         assert len(prompt_ids([])) > room
+        assert len(prompt_ids([])) - len(ids) + MIN_PROMPT > room
         return
     assert whole.prompt_ids == prompt_ids(exchanges)
     assert (fitted.chosen_ids, fitted.rejected_ids) == (chosen_ids, rejected_ids)
@@ -155,6 +158,18 @@ def test_shortening_costs_early_turns_then_the_questions_middle_never_an_answer(
         cuts = range(len(shortened) + 1)
         assert any(only_question.startswith(shortened[:n]) and only_question.endswith(shortened[n:]) for n in cuts)
         assert len(shortened) < len(only_question)
+
+
+def test_a_question_is_cut_to_the_least_that_may_be_left_and_no_further(tokenizer: PreTrainedTokenizerBase) -> None:
+    turns = make_history([], "be brief", "apples " * 60)
+    (question,) = encode_text(tokenizer, ["apples " * 60])
+    whole, _ = fit_pair(tokenizer, turns, "yes", "no", max_length=1000)
+    longest = len(whole.prompt_ids) + max(len(whole.chosen_ids), len(whole.rejected_ids))
+    least = longest - len(question) + MIN_PROMPT
+    _, fitted = fit_pair(tokenizer, turns, "yes", "no", max_length=least)
+    assert len(fitted.prompt_ids) == len(whole.prompt_ids) - len(question) + MIN_PROMPT
+    with pytest.raises(BadRow, match="max_length"):
+        fit_pair(tokenizer, turns, "yes", "no", max_length=least - 1)
 
 
 def test_prompt_and_chosen_are_the_conversation(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -196,6 +196,31 @@ def test_a_wrong_type_names_key_and_value(tmp_path: Path, key: str, value: str) 
     assert str(tmp_path / "toy.yaml") in message
 
 
+@pytest.mark.parametrize("text", ["no", '"no"'])
+def test_an_unquoted_no_is_the_strategy_of_that_name(tmp_path: Path, text: str) -> None:
+    """As in `save_strategy: no`, which YAML reads as false; other texts must be quoted."""
+    path = tmp_path / "pt.yaml"
+    path.write_text(f"output_dir: out\nsave_strategy: {text}\n", encoding="utf-8")
+    for argv in (["--config", str(path)], ["--config", str(path), "--save_strategy", "no"]):
+        (args,) = parse_recipe(PTConfig, argv=argv, default="")
+        assert args.save_strategy == "no"
+    assert "'name' is False" in refusal(tmp_path, "size: 1\nname: no\n")
+
+
+@pytest.mark.parametrize("text", ["false", "Translate: hello", "Who is Anna #1?", "12"])
+def test_text_on_the_command_line_stays_as_typed(tmp_path: Path, text: str) -> None:
+    (toy,) = parse(tmp_path, "size: 1\n", "--name", text)
+    assert toy.name == text
+
+
+@pytest.mark.parametrize("key", ["bf16", "use_cpu"])
+def test_a_key_that_would_have_no_effect_is_refused(tmp_path: Path, key: str) -> None:
+    path = tmp_path / "pt.yaml"
+    path.write_text(f"output_dir: out\n{key}: true\n", encoding="utf-8")
+    with pytest.raises(SystemExit, match=rf"'{key}'.*no effect.*Set instead"):
+        parse_recipe(PTConfig, argv=["--config", str(path)], default="")
+
+
 def test_a_wrong_choice_names_the_right_ones(tmp_path: Path) -> None:
     message = refusal(tmp_path, "size: 1\nkind: medium\n")
     assert "'big', 'small'" in message

@@ -71,7 +71,7 @@ def test_a_figure_of_zero_is_shown(value: float) -> None:
 def test_checkpoints_of_the_same_stage_can_be_told_apart(tmp_path: Path) -> None:
     """Two runs of one stage side by side is what an evaluation is for."""
     records = [{**SFT, "checkpoint": f"results/sft_{name}", "answers": [f"from {name}"]} for name in ("old", "new")]
-    text = write_report(tmp_path, ["Where?"], records)
+    text = write_report(tmp_path, ["Where?"], records, {})
     table, _, answers = text.partition("**Where?**")
     assert "old" in table
     assert "new" in table
@@ -97,12 +97,12 @@ def test_answers_stand_under_their_prompt() -> None:
 
 def test_files_hold_all_that_was_measured(tmp_path: Path) -> None:
     folder = tmp_path / "a" / "b"
-    text = write_report(folder, ["Where?", "去？"], [PT, SFT])
+    text = write_report(folder, ["Where?", "去？"], [PT, SFT], {"device": "1 x cpu"})
     assert (folder / "results.md").read_text(encoding="utf-8") == text
     assert make_table([PT, SFT]) in text
     assert make_answers(["Where?", "去？"], [PT, SFT]) in text
     saved = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    assert saved == {"prompts": ["Where?", "去？"], "checkpoints": [PT, SFT]}
+    assert saved == {"device": "1 x cpu", "prompts": ["Where?", "去？"], "checkpoints": [PT, SFT]}
     assert not (folder / "training_loss.png").exists()  # neither checkpoint has a record of its training
 
 
@@ -114,7 +114,7 @@ def test_curves_of_the_checkpoints_that_have_them(tmp_path: Path) -> None:
         checkpoint.mkdir()
         records.append({**record, "checkpoint": str(checkpoint)})
     (tmp_path / "sft/trainer_state.json").write_text(json.dumps({"log_history": history}), encoding="utf-8")
-    write_report(tmp_path / "out", ["Where?", "去？"], records)
+    write_report(tmp_path / "out", ["Where?", "去？"], records, {})
     assert (tmp_path / "out/training_loss.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -126,5 +126,5 @@ def test_checkpoints_of_the_same_stage_keep_a_curve_each(tmp_path: Path, monkeyp
         (tmp_path / name).mkdir()
         (tmp_path / name / "trainer_state.json").write_text('{"log_history": []}', encoding="utf-8")
         records.append({**SFT, "checkpoint": str(tmp_path / name), "answers": []})
-    write_report(tmp_path / "out", [], records)
+    write_report(tmp_path / "out", [], records, {})
     assert drawn == [tmp_path / "old/trainer_state.json", tmp_path / "new/trainer_state.json"]

@@ -130,6 +130,8 @@ def test_an_edit_of_the_package_makes_another_folder(
     package.mkdir()
     monkeypatch.setattr(store, "__file__", str(package / "store.py"))
     build = Builder()
+    for name in store.ROW_MODULES:
+        (package / f"{name}.py").write_text("", encoding="utf-8")
     for content in ("one = 1", "one = 1", "one = 2"):
         (package / "chat.py").write_text(content, encoding="utf-8")
         prepare_once(str(cache), "pt", [source], tokenizer, {}, build)

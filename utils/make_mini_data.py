@@ -231,12 +231,18 @@ def write_preferences(target: Path, world: dict[str, Any], facts: list[Fact], rn
     train: list[dict[str, Any]] = []
     while len(train) < NUM_DPO_TRAIN:
         row = preference(world, facts, ["questions", "dpo_questions"], rng)
-        # What the test asks is not trained on, in whatever way the question is opened.
-        if not any(is_same_question(world, row["prompt"], other["prompt"]) for other in test):
+        # Neither the test's questions, in whatever way they are opened, nor its pairs of answers are trained on.
+        if not any(is_same_question(world, row["prompt"], other["prompt"]) for other in test) and not any(
+            answers(row) == answers(other) for other in test
+        ):
             train.append(row)
     for part, rows in [("train", train), ("test", test)]:
         numbered = [row | {"id": index} for index, row in enumerate(rows)]
         write_parquet(target / "dpo" / f"{part}-00000-of-00001.parquet", numbered, columns)
+
+
+def answers(row: dict[str, Any]) -> tuple[str, str]:
+    return row["chosen"][-1]["content"], row["rejected"][-1]["content"]
 
 
 def is_same_question(world: dict[str, Any], first: str, second: str) -> bool:
