@@ -84,6 +84,8 @@ demo() {
         echo "== $stage"
         python "mini_qwen_$stage.py" --config "recipes/demo/$stage.yaml"
     done
+    printf '{"seconds": %d, "cores": %d}\n' $((SECONDS - started)) "$(python -c 'import os; print(os.cpu_count())')" \
+        >demo_results/time.json
     echo "$((SECONDS - started)) seconds. The table is in demo_results/results.md, the curves beside it."
     echo "Talk to your model: .venv/bin/python mini_qwen_eval.py --chat demo_results/dpo"
 }

@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 MINI_DATA = ROOT / "mini_data"
@@ -98,8 +99,6 @@ def generator() -> Any:
 
 
 def test_dpo_test_asks_nothing_that_dpo_trains(generator: Any) -> None:
-    import yaml
-
     world = yaml.safe_load((ROOT / "utils" / "mini_world.yaml").read_text(encoding="utf-8"))
     openings = [opening for words in world.values() for opening in words["asking"] if opening]
 
@@ -114,3 +113,15 @@ def test_dpo_test_asks_nothing_that_dpo_trains(generator: Any) -> None:
         for file in (MINI_DATA / "dpo").glob(f"{part}-*.parquet")
     }
     assert not prompts["train"] & prompts["test"]
+
+
+def test_dpo_test_judges_no_pair_of_answers_that_dpo_trains() -> None:
+    pairs = {
+        part: {
+            (row["chosen"][-1]["content"], row["rejected"][-1]["content"])
+            for file in (MINI_DATA / "dpo").glob(f"{part}-*.parquet")
+            for row in pq.read_table(file).to_pylist()
+        }
+        for part in ("train", "test")
+    }
+    assert pairs["test"] and not pairs["train"] & pairs["test"]

@@ -5,6 +5,7 @@ import math
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -124,6 +125,23 @@ def test_an_output_folder_in_use_is_refused(road: Path, tmp_path: Path) -> None:
         mini_qwen_pt.main(arguments("pt", road, output_dir=tmp_path / "pt"))
     with pytest.raises(SystemExit, match="no checkpoint to resume from"):
         mini_qwen_pt.main(arguments("pt", road, output_dir=tmp_path / "new", resume_from_checkpoint="true"))
+
+
+def test_an_interrupted_checkpoint_is_passed_over(road: Path, tmp_path: Path) -> None:
+    """The Trainer writes trainer_state.json last: without it the folder is not complete."""
+    shared = {"save_strategy": "steps", "save_steps": 2, "output_dir": tmp_path / "pt"}
+    mini_qwen_pt.main(arguments("pt", road, **shared))
+    expected = load_file(tmp_path / "pt" / "model.safetensors")
+    (tmp_path / "pt" / "checkpoint-6" / "trainer_state.json").unlink()
+    mini_qwen_pt.main(arguments("pt", road, resume_from_checkpoint="true", **shared))
+    found = load_file(tmp_path / "pt" / "model.safetensors")
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    with pytest.raises(SystemExit, match="no checkpoint to resume from: nowhere"):
+        mini_qwen_pt.main(arguments("pt", road, resume_from_checkpoint="nowhere", **shared))
+
+
+def test_the_libraries_report_nothing_home(road: Path) -> None:
+    assert huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY is True
 
 
 def test_prepare_only_prepares_and_leaves(road: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
