@@ -23,7 +23,7 @@ COLUMNS = ["prompt", "chosen", "rejected"]
 class PreferenceData(DataKeys):
     """Recipe keys of DPO data: rows `{"prompt": str or turns, "chosen": turns, "rejected": turns}`."""
 
-    test_files: list[str] | None = None  # never trained on; scored during and after training
+    test_files: list[str] | None = None  # never trained on, only scored
 
 
 class Pair(NamedTuple):
