@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from mini_qwen.chat import TokenRow, encode_text
 from mini_qwen.generation import Answer, encode_prompt, generate, speaks_chat
 from mini_qwen.ledger import Ledger
-from mini_qwen.metrics import Unigram, bits_per_byte, exact_match, perplexity, repetition_rate
+from mini_qwen.metrics import Unigram, bits_per_byte, exact_match, perplexity, repetition_rate, standard_error
 from mini_qwen.model import check_checkpoint
 from mini_qwen.preferences import preference_rows
 from mini_qwen.report import training_facts
@@ -113,14 +113,15 @@ def ask(
 
 
 def score_questions(args: EvalData, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
-    """Exact match in each group of questions; how many answers stop by themselves; how much they repeat."""
+    """Exact match in each group of questions, with its standard error; how many answers stop, how much they repeat."""
     questions = Questions.read(args.questions)
     answers = ask(args, model, tokenizer, questions.texts, "questions")
     figures = {}
     for group in sorted(set(questions.groups)):
         chosen = [index for index, name in enumerate(questions.groups) if name == group]
         right = [questions.answers[index] for index in chosen]
-        figures[f"accuracy_{group}"] = exact_match([answers[index].text for index in chosen], right)
+        accuracy = exact_match([answers[index].text for index in chosen], right)
+        figures |= {f"accuracy_{group}": accuracy, f"standard_error_{group}": standard_error(accuracy, len(chosen))}
     return figures | manners(answers)
 
 
