@@ -65,29 +65,44 @@ def cut_middle(tokenizer: PreTrainedTokenizerBase, ids: list[int], length: int) 
     return head + tail
 
 
-def fit_conversation(
-    tokenizer: PreTrainedTokenizerBase, turns: list[Turn], max_length: int
-) -> tuple[TokenRow, TokenRow]:
-    """The conversation as tokens, whole and shortened to `max_length` where that costs least.
+def fit_turns(
+    tokenizer: PreTrainedTokenizerBase,
+    turns: list[Turn],
+    contents: list[list[int]],
+    max_length: int,
+    add_generation_prompt: bool = False,
+) -> TokenRow:
+    """The turns as tokens, shortened to `max_length` where that costs least.
 
     Whole early exchanges go first, then the middle of the last question; never a part of an answer, so that every
-    row ends in its stop token. Raises BadRow when the last answer does not fit even so.
+    row ends in its stop token. Raises BadRow when the rest does not fit even so.
+
+    Args:
+        contents: token ids of the turns' contents.
     """
-    contents = encode_text(tokenizer, [turn["content"] for turn in turns])
-    whole = row = encode_chat(tokenizer, turns, contents=contents)
     num_system = turns[0]["role"] == "system"
+    row = encode_chat(tokenizer, turns, add_generation_prompt, contents)
     while len(row.ids) > max_length and len(turns) - num_system > 2:
         turns = turns[:num_system] + turns[num_system + 2 :]
         contents = contents[:num_system] + contents[num_system + 2 :]
-        row = encode_chat(tokenizer, turns, contents=contents)
+        row = encode_chat(tokenizer, turns, add_generation_prompt, contents)
     excess = len(row.ids) - max_length
     if excess > 0:
-        question = contents[num_system]
-        if len(question) - excess < MIN_PROMPT:
+        last = max(index for index, turn in enumerate(turns) if turn["role"] == "user")
+        if len(contents[last]) - excess < MIN_PROMPT:
             raise BadRow("answer too long for max_length")
-        contents[num_system] = cut_middle(tokenizer, question, len(question) - excess)
-        row = encode_chat(tokenizer, turns, contents=contents)
-    return whole, row
+        question = cut_middle(tokenizer, contents[last], len(contents[last]) - excess)
+        row = encode_chat(tokenizer, turns, add_generation_prompt, [*contents[:last], question, *contents[last + 1 :]])
+    return row
+
+
+def fit_conversation(
+    tokenizer: PreTrainedTokenizerBase, turns: list[Turn], max_length: int
+) -> tuple[TokenRow, TokenRow]:
+    """The conversation as tokens, whole and shortened; raises BadRow when its last answer does not fit."""
+    contents = encode_text(tokenizer, [turn["content"] for turn in turns])
+    whole = encode_chat(tokenizer, turns, contents=contents)
+    return whole, fit_turns(tokenizer, turns, contents, max_length)
 
 
 def conversation_rows(

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import DPOTrainer
 
 from mini_qwen.chat import BadRow, Turn, encode_chat, encode_text, read_turns
-from mini_qwen.conversations import MIN_PROMPT, cut_middle
+from mini_qwen.conversations import fit_turns
 from mini_qwen.ledger import Ledger
 from mini_qwen.rows import DataKeys, Row, check_columns, count_rows, find_files, read_rows
 from mini_qwen.store import prepare_once
@@ -67,30 +67,16 @@ def read_pair(values: dict[str, Any], place: str) -> tuple[list[Turn], str, str]
 def fit_pair(
     tokenizer: PreTrainedTokenizerBase, turns: list[Turn], chosen: str, rejected: str, max_length: int
 ) -> tuple[Pair, Pair]:
-    """The pair as tokens, whole and with early turns and the last question's middle left out to fit `max_length`.
+    """The pair as tokens, whole and with its prompt shortened so that the longer side fits `max_length`.
 
     Raises BadRow when an answer does not fit even so.
     """
     contents = encode_text(tokenizer, [turn["content"] for turn in turns])
     answers = [[*ids, tokenizer.eos_token_id] for ids in encode_text(tokenizer, [chosen, rejected])]
-
-    def pair() -> Pair:
-        return Pair(encode_chat(tokenizer, turns, add_generation_prompt=True, contents=contents).ids, *answers)
-
     room = max_length - max(map(len, answers))
-    whole = fitted = pair()
-    num_system = turns[0]["role"] == "system"
-    while len(fitted.prompt_ids) > room and len(turns) - num_system > 2:
-        turns = turns[:num_system] + turns[num_system + 2 :]
-        contents = contents[:num_system] + contents[num_system + 2 :]
-        fitted = pair()
-    excess = len(fitted.prompt_ids) - room
-    if excess > 0:
-        if len(contents[-1]) - excess < MIN_PROMPT:
-            raise BadRow("answer too long for max_length")
-        contents[-1] = cut_middle(tokenizer, contents[-1], len(contents[-1]) - excess)
-        fitted = pair()
-    return whole, fitted
+    whole = encode_chat(tokenizer, turns, add_generation_prompt=True, contents=contents)
+    fitted = fit_turns(tokenizer, turns, contents, room, add_generation_prompt=True)
+    return Pair(whole.ids, *answers), Pair(fitted.ids, *answers)
 
 
 def preference_rows(
