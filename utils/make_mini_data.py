@@ -32,7 +32,7 @@ NUM_LISTS = 320  # per language and attribute, each about four people
 NUM_EVAL_STORIES = 100  # per language
 NUM_SINGLE_TURN = 3000
 NUM_MULTI_TURN = 750
-NUM_DPO_TRAIN, NUM_DPO_TEST = 1200, 300
+NUM_DPO_TRAIN, NUM_DPO_TEST = 1600, 300
 UNASKED_SHARE = 0.8  # of the people: one of their four facts is told in pt/ and asked in no row of sft/ or dpo/
 INDUSTRIES = {
     "city": ("tourism_geography", "旅游_地理"),
