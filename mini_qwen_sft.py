@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     run.show_start(trainer)
     print_first_row(trainer)  # see what is trained on before paying for it
 
-    result = trainer.train(resume_from_checkpoint=run.find_resume(training_args))
+    result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     run.finish(trainer, result, ledger, *recipe)
 
 

@@ -25,7 +25,9 @@ PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "deepspeed
 
 
 def begin(training_args: TrainingArguments, *recipe: Any) -> None:
-    """Refuse what cannot go well, fix the seed, and say what runs on what. Writes nothing.
+    """Refuse what cannot go well, find the checkpoint to resume from, fix the seed, say what runs on what.
+
+    Writes nothing.
 
     Raises SystemExit when output_dir holds checkpoints of an earlier run that this one is not told to continue, when
     there is nothing to continue, and for launches that do not fit the recipe.
@@ -37,7 +39,7 @@ def begin(training_args: TrainingArguments, *recipe: Any) -> None:
             "STAGE' or 'accelerate launch --config_file accelerate_config.yaml', or show one: CUDA_VISIBLE_DEVICES=0."
         )
     checkpoints = sorted(Path(training_args.output_dir).glob("checkpoint-*"))
-    find_resume(training_args)
+    training_args.resume_from_checkpoint = find_resume(training_args)
     if training_args.muon_learning_rate is not None and training_args.deepspeed_plugin is not None:
         raise SystemExit(
             "muon_learning_rate works on one process, not under DeepSpeed, whose shards are no matrices any more. "

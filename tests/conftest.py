@@ -28,6 +28,14 @@ from mini_qwen.tokenizer import load_tokenizer, train_tokenizer
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 ROOT = Path(__file__).resolve().parents[1]
+SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+    "vocab_size": 448,
+}
 BASE_CONFIG = ROOT / "models/Qwen2.5-0.5B-Instruct"
 QWEN_TOKENIZER = ROOT / "../shared/data/tokenizer/Qwen2.5-0.5B-Instruct"
 NAMES = [("Anna", "小明"), ("Victor", "小雪"), ("Martha", "建国"), ("Oliver", "晓芳"), ("Sophie", "大伟")]
@@ -80,15 +88,7 @@ def tiny_model(tokenizer: PreTrainedTokenizerBase) -> MakeModel:
 
     def make(seed: int = 0, attention: str = "sdpa", stage: str = "pt", **sizes: int) -> PreTrainedModel:
         torch.manual_seed(seed)
-        small = {
-            "hidden_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "intermediate_size": 64,
-            "vocab_size": 448,
-        }
-        args = NewModel(base_config=str(BASE_CONFIG), attn_implementation=attention, **(small | sizes))
+        args = NewModel(base_config=str(BASE_CONFIG), attn_implementation=attention, **(SMALL | sizes))
         model = build_model(args, tokenizer, "fp32", stage).eval()
         with torch.no_grad():
             for weight in model.parameters():

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import BASE_CONFIG, ROOT
+from conftest import BASE_CONFIG, ROOT, SMALL
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, Qwen2Config
@@ -32,14 +32,6 @@ FULL = {
     "num_key_value_heads": 4,
     "intermediate_size": 4864,
     "vocab_size": 151936,
-}
-SMALL = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 64,
-    "vocab_size": 448,
 }
 
 
