@@ -28,8 +28,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(model_args.checkpoint)
 
     # Both answers of a pair end in <|im_end|>; a pair that is too long loses the middle of its question.
-    with training_args.main_process_first(desc="preparing pairs"):
-        train_pairs, test_pairs, ledger = prepare_preferences(data_args, tokenizer, training_args.max_length)
+    train_pairs, test_pairs, ledger = prepare_preferences(data_args, tokenizer, training_args.max_length)
     run.show_data(training_args, ledger)
 
     model = load_model(model_args, tokenizer, training_args.precision, stage="dpo")

@@ -12,10 +12,10 @@ Writes: output_dir, with model, tokenizer, trainer_state.json, run.json, data_le
 from transformers import Trainer
 
 from mini_qwen import run
+from mini_qwen.blocks import BlockCollator
 from mini_qwen.documents import DocumentData, prepare_documents
 from mini_qwen.model import NewModel, build_model, make_config, needs_flat_rows
 from mini_qwen.optimizer import make_optimizer
-from mini_qwen.packing import BlockCollator
 from mini_qwen.preview import print_first_row
 from mini_qwen.recipe import parse_recipe
 from mini_qwen.tokenizer import load_tokenizer
@@ -30,9 +30,8 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(model_args.tokenizer)
     make_config(model_args, tokenizer)  # sizes that cannot work are refused before any data is touched
 
-    # Documents become blocks of exactly block_size tokens, once; the other processes wait and open the same files.
-    with training_args.main_process_first(desc="preparing documents"):
-        train_blocks, eval_blocks, ledger = prepare_documents(data_args, tokenizer, training_args.seed)
+    # Documents become blocks of block_size tokens, once: one process makes them, the others wait and open its files.
+    train_blocks, eval_blocks, ledger = prepare_documents(data_args, tokenizer, training_args.seed)
     run.show_data(training_args, ledger)
 
     model = build_model(model_args, tokenizer, training_args.precision, stage="pt")

@@ -12,10 +12,10 @@ Writes: output_dir, with model, tokenizer, trainer_state.json, run.json, data_le
 from trl import SFTTrainer
 
 from mini_qwen import run
+from mini_qwen.blocks import BlockCollator
 from mini_qwen.conversations import ConversationData, prepare_conversations
 from mini_qwen.model import TrainedModel, load_model, needs_flat_rows
 from mini_qwen.optimizer import make_optimizer
-from mini_qwen.packing import BlockCollator
 from mini_qwen.preview import print_first_row
 from mini_qwen.recipe import parse_recipe
 from mini_qwen.tokenizer import load_tokenizer
@@ -31,10 +31,9 @@ def main(argv: list[str] | None = None) -> None:
 
     # Every assistant turn's words and its <|im_end|> are trained, nothing else; rows that are too long lose early
     # turns or the middle of the question, never the end of an answer.
-    with training_args.main_process_first(desc="preparing conversations"):
-        train_blocks, eval_blocks, ledger = prepare_conversations(
-            data_args, tokenizer, training_args.max_length, training_args.seed
-        )
+    train_blocks, eval_blocks, ledger = prepare_conversations(
+        data_args, tokenizer, training_args.max_length, training_args.seed
+    )
     run.show_data(training_args, ledger)
 
     model = load_model(model_args, tokenizer, training_args.precision, stage="sft")

@@ -8,16 +8,16 @@ Writes: output_dir, a tokenizer that AutoTokenizer loads, with ChatML control to
 """
 
 import json
-import random
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mini_qwen import run
-from mini_qwen.documents import read_documents
+from mini_qwen.documents import draw, read_documents
+from mini_qwen.files import find_files
 from mini_qwen.ledger import Ledger
 from mini_qwen.recipe import parse_recipe
-from mini_qwen.rows import check_columns, count_rows, find_files, read_rows
+from mini_qwen.rows import check_columns, read_rows
 from mini_qwen.tokenizer import bytes_per_token, load_tokenizer, train_tokenizer
 
 
@@ -39,17 +39,16 @@ def main(argv: list[str] | None = None) -> None:
     (args,) = parse_recipe(TokenizerData, argv=argv, default="recipes/tokenizer.yaml")
 
     files = find_files(args.train_files)
-    check_columns(files, [["text"]])
-    num_rows = sum(map(count_rows, files))
-    drawn = random.Random(args.seed).sample(range(num_rows), min(num_rows, args.max_rows + args.eval_rows))
-    unseen_rows, wanted = set(drawn[: args.eval_rows]), set(drawn)
-    rows = (row for index, row in enumerate(read_rows(files, ["text"])) if index in wanted)
-    positions = {position for position, index in enumerate(sorted(wanted)) if index in unseen_rows}
-    documents = list(read_documents(rows, Ledger(), positions))
+    check_columns({"train_files": files}, [["text"]])
+    ledger = Ledger(files=len(files))
+    texts = read_documents(read_rows(files, ["text"]), ledger)
+    drawn = draw(texts, args.max_rows + args.eval_rows, args.seed)
+    unseen, learnt = drawn[: args.eval_rows], drawn[args.eval_rows :]
+    if ledger.rows_dropped:
+        print(f"of {ledger.rows_read:,} rows, left out: {dict(ledger.rows_dropped)}")
 
-    tokenizer = train_tokenizer((text for text, is_unseen in documents if not is_unseen), args.vocab_size)
+    tokenizer = train_tokenizer(learnt, args.vocab_size)
 
-    unseen = [text for text, is_unseen in documents if is_unseen]
     figures = {}
     if unseen:
         figures[args.output_dir] = bytes_per_token(tokenizer, unseen)
@@ -60,9 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     record = run.circumstances(started)
     record |= {"vocab_size": len(tokenizer), "bytes_per_token": figures, "recipe": asdict(args)}
     (Path(args.output_dir) / "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    print(
-        f"wrote {args.output_dir}: {len(tokenizer):,} tokens, learnt from {len(documents) - len(unseen):,} documents"
-    )
+    print(f"wrote {args.output_dir}: {len(tokenizer):,} tokens, learnt from {len(learnt):,} documents")
     for name, value in figures.items():
         print(f"  {value:.3f} bytes per token on {len(unseen):,} unseen documents: {name}")
 

@@ -1,21 +1,18 @@
 """Conversations as tokens: one template for training, evaluation and chat, and no control token out of any text."""
 
+import re
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from mini_qwen.encoding import encode_text
+from mini_qwen.schemas import Turn
+
 TEMPLATE = (Path(__file__).parent / "chatml.jinja").read_text(encoding="utf-8")
-ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
-Turn = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 
 
 class Piece(NamedTuple):
@@ -27,41 +24,8 @@ class Piece(NamedTuple):
 
 
 class TokenRow(NamedTuple):
-    ids: list[int]
-    trained: list[bool]  # True where the model is to learn to write the token
-
-
-class BadRow(Exception):
-    """A row that cannot be trained on and is dropped under this reason."""
-
-
-def read_turns(value: Any, place: str) -> list[Turn]:
-    """Turns in either spelling, `from`/`value` or `role`/`content`, as `role`/`content` with known roles.
-
-    Raises:
-        SystemExit: an unknown role: data of another kind must not be trained on by mistake.
-        BadRow: no list, no turns, text that is missing or blank.
-    """
-    if not isinstance(value, list) or not value:
-        raise BadRow("no turns")
-    turns = []
-    for turn in value:
-        if not isinstance(turn, dict):
-            raise BadRow("malformed turn")
-        role = turn.get("from", turn.get("role"))
-        content = turn.get("value", turn.get("content"))
-        if role not in ROLES:
-            raise SystemExit(
-                f"{place}: unknown role {role!r}. Known roles are {', '.join(ROLES)}; map or remove this turn first."
-            )
-        if role == "system" and content in (None, ""):
-            continue  # no system turn, written as an empty one
-        if not isinstance(content, str) or not content.strip():
-            raise BadRow(f"empty {ROLES[role]} turn")
-        turns.append({"role": ROLES[role], "content": content})
-    if not turns:
-        raise BadRow("no turns")
-    return turns
+    ids: np.ndarray  # uint32
+    trained: np.ndarray | None = None  # bool, True where the model is to learn to write the token; None: everywhere
 
 
 @lru_cache(maxsize=4096)
@@ -88,21 +52,20 @@ def skeleton(template: str, roles: tuple[str, ...], add_generation_prompt: bool)
     return pieces
 
 
-def encode_text(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Token ids of plain texts. `<|im_end|>` written in a text comes out as ordinary characters, not as the token."""
-    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-
-
 @lru_cache(maxsize=4096)
-def encode_template_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=False)["input_ids"]
+def encode_template_text(tokenizer: PreTrainedTokenizerBase, text: str) -> np.ndarray:
+    """Token ids of fixed template text, in which control tokens are meant as such."""
+    control_ids = tokenizer.get_added_vocab()
+    parts = [part for part in re.split(f"({'|'.join(map(re.escape, control_ids))})", text) if part]
+    ids = [[control_ids[part]] if part in control_ids else encode_text(tokenizer, [part])[0] for part in parts]
+    return np.concatenate(ids).astype(np.uint32)
 
 
 def encode_chat(
     tokenizer: PreTrainedTokenizerBase,
     turns: list[Turn],
     add_generation_prompt: bool = False,
-    contents: list[list[int]] | None = None,
+    contents: list[np.ndarray] | None = None,
 ) -> TokenRow:
     """Token ids of a conversation and which of them are trained: each answer and its `<|im_end|>`, nothing else.
 
@@ -119,10 +82,9 @@ def encode_chat(
     """
     contents = contents or encode_text(tokenizer, [turn["content"] for turn in turns])
     template = tokenizer.chat_template or TEMPLATE
-    ids: list[int] = []
-    trained: list[bool] = []
-    for piece in skeleton(template, tuple(turn["role"] for turn in turns), add_generation_prompt):
-        part = encode_template_text(tokenizer, piece.text) if piece.turn is None else contents[piece.turn]
-        ids += part
-        trained += [piece.trained] * len(part)
-    return TokenRow(ids, trained)
+    pieces = skeleton(template, tuple(turn["role"] for turn in turns), add_generation_prompt)
+    parts = [
+        encode_template_text(tokenizer, piece.text) if piece.turn is None else contents[piece.turn] for piece in pieces
+    ]
+    trained = np.repeat([piece.trained for piece in pieces], [len(part) for part in parts])
+    return TokenRow(np.concatenate(parts), trained)

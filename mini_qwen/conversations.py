@@ -1,74 +1,52 @@
 """SFT data: conversations in, rows of tokens out, of which only the answers are trained."""
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-from tqdm import tqdm
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from mini_qwen.chat import BadRow, TokenRow, Turn, encode_chat, encode_text, read_turns
+from mini_qwen import documents
+from mini_qwen.blocks import Blocks
+from mini_qwen.cache import Part, Preparation, prepare_parts
+from mini_qwen.chat import TokenRow, encode_chat
+from mini_qwen.encoding import encode_text, spells_control_token
 from mini_qwen.ledger import Ledger
-from mini_qwen.packing import Blocks, row_blocks
-from mini_qwen.rows import DataKeys, Row, check_columns, choose_held_out, count_rows, find_files, read_rows
-from mini_qwen.store import StoreWriter, TokenStore, prepare_once
+from mini_qwen.mixture import Arrangement, MixtureKeys, Phase, arrange, find_sources, read_phases
+from mini_qwen.packing import fit, one_each
+from mini_qwen.rows import Row, check_columns, read_rows
+from mini_qwen.schemas import CONVERSATION_COLUMNS, CONVERSATIONS, BadRow, Turn, check_order, read_conversation
 
-COLUMNS = [["conversations"], ["messages"], ["prompt", "completion"]]
 MIN_PROMPT = 16  # tokens of a question that must be left when its middle is cut out
+TOO_LONG, SHORTENED = "answer too long for max_length", "shortened"
 
 
 @dataclass
-class ConversationData(DataKeys):
-    """Recipe keys of SFT data: rows `{"conversations": [{"from": "human"|"gpt"|"system", "value": str}, ...]}`.
+class ConversationData(MixtureKeys):
+    """Recipe keys of SFT data; docs/data.md lists the schemas. `packing` is done here and hides TRL's own."""
 
-    TRL's `messages` and `prompt`/`completion` are read as well. `packing` is done here and hides TRL's own.
-    """
-
-    eval_rows: int = 0  # rows cut off first, by seed, for the loss on data never trained on
     packing: bool = True  # several conversations in one block, unable to see each other
+    long_answers: Literal["drop", "cut"] = "drop"  # what becomes of an answer that alone exceeds max_length
+    replay_files: list[str] | None = None  # documents that are trained on in between, against forgetting
+    replay_share: float = 0.1  # of all tokens in the blocks
 
 
-def read_conversation(values: dict[str, Any], place: str) -> tuple[list[Turn], bool]:
-    """The turns of a row, (system), user, assistant, user, assistant ..., and whether a last question was left out.
-
-    Raises BadRow for turns in another order and for a row without an answer; see also `read_turns`.
-    """
-    if "completion" in values:
-        parts = [values.get("prompt"), values["completion"]]
-        roles = ["user", "assistant"]
-        value: Any = [
-            turn
-            for part, role in zip(parts, roles, strict=True)
-            for turn in ([{"role": role, "content": part}] if not isinstance(part, list) else part)
-        ]
-    else:
-        value = values.get("conversations", values.get("messages"))
-    turns = read_turns(value, place)
-    shortened = turns[-1]["role"] == "user"
-    turns = turns[:-1] if shortened else turns
-    spoken = [turn["role"] for turn in turns if turn["role"] != "system"]
-    if not spoken or spoken[-1] != "assistant":
-        raise BadRow("no answer")
-    if spoken != ["user", "assistant"] * (len(spoken) // 2) or any(turn["role"] == "system" for turn in turns[1:]):
-        raise BadRow("turns out of order")
-    return turns, shortened
-
-
-def cut_middle(tokenizer: PreTrainedTokenizerBase, ids: list[int], length: int) -> list[int]:
+def cut_middle(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray, length: int) -> np.ndarray:
     """The first and the last tokens of a text, at most `length` in all, without half characters at the cut."""
     head, tail = ids[: (length + 1) // 2], ids[len(ids) - length // 2 :]
-    while head and tokenizer.decode(head).endswith("\ufffd"):
-        head.pop()
-    while tail and tokenizer.decode(tail).startswith("\ufffd"):
-        tail.pop(0)
-    return head + tail
+    while len(head) and tokenizer.decode(head).endswith("\ufffd"):
+        head = head[:-1]
+    while len(tail) and tokenizer.decode(tail).startswith("\ufffd"):
+        tail = tail[1:]
+    return np.concatenate([head, tail])
 
 
 def fit_turns(
     tokenizer: PreTrainedTokenizerBase,
     turns: list[Turn],
-    contents: list[list[int]],
+    contents: list[np.ndarray],
     max_length: int,
     add_generation_prompt: bool = False,
 ) -> TokenRow:
@@ -90,69 +68,122 @@ def fit_turns(
     if excess > 0:
         last = max(index for index, turn in enumerate(turns) if turn["role"] == "user")
         if len(contents[last]) - excess < MIN_PROMPT:
-            raise BadRow("answer too long for max_length")
+            raise BadRow(TOO_LONG)
         question = cut_middle(tokenizer, contents[last], len(contents[last]) - excess)
         row = encode_chat(tokenizer, turns, add_generation_prompt, [*contents[:last], question, *contents[last + 1 :]])
     return row
 
 
 def fit_conversation(
-    tokenizer: PreTrainedTokenizerBase, turns: list[Turn], max_length: int
-) -> tuple[TokenRow, TokenRow]:
-    """The conversation as tokens, whole and shortened; raises BadRow when its last answer does not fit."""
-    contents = encode_text(tokenizer, [turn["content"] for turn in turns])
-    whole = encode_chat(tokenizer, turns, contents=contents)
-    return whole, fit_turns(tokenizer, turns, contents, max_length)
+    tokenizer: PreTrainedTokenizerBase,
+    turns: list[Turn],
+    contents: list[np.ndarray],
+    max_length: int,
+    long_answers: str = "drop",
+) -> TokenRow:
+    """The conversation as tokens, shortened to `max_length`.
+
+    With `long_answers` "cut", a last answer that does not fit even so loses its end, and with that its end token: it
+    must not teach where to stop. Raises BadRow when none of it is left, and with "drop" for every such answer.
+    """
+    try:
+        return fit_turns(tokenizer, turns, contents, max_length)
+    except BadRow:
+        kept = [*range(turns[0]["role"] == "system"), len(turns) - 2, len(turns) - 1]
+        row = encode_chat(tokenizer, [turns[index] for index in kept], contents=[contents[index] for index in kept])
+        if long_answers == "drop" or not row.trained[:max_length].any():
+            raise
+        return TokenRow(row.ids[:max_length], row.trained[:max_length])
 
 
-def conversation_rows(
-    rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, max_length: int, ledger: Ledger, held_out: set[int]
-) -> Iterator[tuple[TokenRow, bool]]:
-    """Yield (token row, is held out) of every row that can be trained on; the others are counted by reason."""
-    for index, row in enumerate(rows):
+def encode_conversations(
+    tokenizer: PreTrainedTokenizerBase, max_length: int, long_answers: str, rows: list[Row]
+) -> tuple[list[TokenRow], Ledger]:
+    """The token rows of conversations, of which the answers are to be learnt, and what became of the rows."""
+    ledger = Ledger()
+    token_rows = []
+    for row in rows:
         ledger.rows_read += 1
+        num_tokens = 0
         try:
-            turns, shortened = read_conversation(row.values, row.place)
-            whole, fitted = fit_conversation(tokenizer, turns, max_length)
+            if row.fault:
+                raise BadRow(row.fault)
+            turns = read_conversation(row.values, row.place)
+            texts = [turn["content"] for turn in turns]
+            ledger.rows_with_control_text += spells_control_token(tokenizer, texts)
+            contents = encode_text(tokenizer, texts)
+            fitted = whole = encode_chat(tokenizer, turns, contents=contents)
+            num_tokens = len(whole.ids)
+            answered = turns[:-1] if turns[-1]["role"] == "user" else turns
+            check_order(answered)
+            if num_tokens > max_length or len(answered) < len(turns):
+                fitted = fit_conversation(tokenizer, answered, contents[: len(answered)], max_length, long_answers)
         except BadRow as reason:
-            ledger.rows_dropped[str(reason)] += 1
-            continue
-        if index in held_out:
-            ledger.rows_held_out += 1
-            yield fitted, True
+            ledger.drop(str(reason), row.place, num_tokens)
             continue
         ledger.rows_kept += 1
-        ledger.rows_shortened += shortened or len(fitted.ids) < len(whole.ids)
-        ledger.tokens_read += len(whole.ids)
-        ledger.tokens_trained += sum(fitted.trained)
-        ledger.tokens_masked += len(fitted.ids) - sum(fitted.trained)
-        if len(whole.ids) > len(fitted.ids):
-            ledger.tokens_dropped["shortened to max_length"] += len(whole.ids) - len(fitted.ids)
-        yield fitted, False
+        ledger.tokens_read += num_tokens
+        if len(fitted.ids) < num_tokens:
+            ledger.rows_shortened += 1
+            ledger.tokens_dropped[SHORTENED] += num_tokens - len(fitted.ids)
+        token_rows.append(fitted)
+    return token_rows, ledger
+
+
+def prepare_files(
+    data: ConversationData, sources: dict[str, list[Path]], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> dict[str, list[Part]]:
+    """The token rows of the files of each source."""
+    check_columns(sources, CONVERSATIONS)
+    settings = {"max_length": max_length, "long_answers": data.long_answers}
+    preparation = Preparation(
+        stage="sft",
+        read=lambda file: read_rows([file], CONVERSATION_COLUMNS),
+        encode=partial(encode_conversations, tokenizer, max_length, data.long_answers),
+        flags=True,
+        tokenizer=tokenizer,
+        settings=settings,
+    )
+    return prepare_parts(data.cache_dir, sources, preparation)
+
+
+def add_replay(
+    data: ConversationData, phases: list[Phase], sources: dict[str, list[Part]], tokenizer: PreTrainedTokenizerBase
+) -> list[Phase]:
+    """Prepare the documents to replay, enter them in `sources`, and return the phases with their share of them."""
+    if not 0 < data.replay_share < 1:
+        raise SystemExit(f"replay_share is {data.replay_share}; it is a share of all tokens, above 0 and below 1.")
+    tokens = {path: sum(part.num_tokens for part in parts) for path, parts in sources.items()}
+    files = find_sources([dict.fromkeys(data.replay_files, 1.0)])
+    sources |= documents.prepare_files(data.cache_dir, files, tokenizer)
+    available = sum(part.num_tokens for path in files for part in sources[path])
+    mixed = []
+    for phase in phases:
+        spoken = sum(tokens[path] * passes for path, passes in phase.items())
+        passes = data.replay_share / (1 - data.replay_share) * spoken / available
+        mixed.append(phase | dict.fromkeys(files, passes))
+    return mixed
 
 
 def prepare_conversations(
     data: ConversationData, tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int
 ) -> tuple[Blocks, Blocks | None, Ledger]:
     """Training blocks of at most `max_length` tokens, held-out blocks (None when eval_rows is 0), and the ledger."""
-    files = find_files(data.train_files)
-    check_columns(files, COLUMNS)
-    held_out = choose_held_out(files, data.eval_rows, seed)
-
-    def build(folder: Path) -> Ledger:
-        ledger = Ledger(files=len(files))
-        writers = {part: StoreWriter(folder / name, flags=True) for part, name in [(False, "train"), (True, "eval")]}
-        rows = read_rows(files, [name for choice in COLUMNS for name in choice])
-        rows = tqdm(rows, total=sum(map(count_rows, files)), desc="tokenising", unit="rows")
-        for row, part in conversation_rows(rows, tokenizer, max_length, ledger, held_out):
-            writers[part].add(row.ids, row.trained)
-        for writer in writers.values():
-            writer.close()
-        return ledger
-
-    settings = {"eval_rows": data.eval_rows, "seed": seed, "max_length": max_length}
-    folder, ledger = prepare_once(data.cache_dir, "sft", files, tokenizer, settings, build)
+    phases = read_phases(data.train_files)
+    prepared = prepare_files(data, find_sources(phases), tokenizer, max_length)
+    held_out_of = list(prepared)
+    if data.replay_files:
+        phases = add_replay(data, phases, prepared, tokenizer)
+    plan = Arrangement(
+        phases=phases,
+        eval_rows=data.eval_rows,
+        held_out_of=held_out_of,
+        packing="best_fit" if data.packing else "none",
+        pack=partial(fit, fill=False) if data.packing else one_each,
+        block_size=max_length,
+        isolate=True,
+        seed=seed,
+    )
+    blocks, eval_blocks, ledger = arrange(data.cache_dir, "sft", prepared, plan)
     ledger.check(data.max_drop_share)
-    train = row_blocks(TokenStore(folder / "train"), max_length, data.packing)
-    held_out_blocks = row_blocks(TokenStore(folder / "eval"), max_length, data.packing) if data.eval_rows else None
-    return train, held_out_blocks, ledger
+    return blocks, eval_blocks, ledger

@@ -1,46 +1,126 @@
 """Pretraining data: documents in, blocks of tokens out."""
 
+import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
-from tqdm import tqdm
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from mini_qwen.chat import encode_text
+from mini_qwen.blocks import Blocks
+from mini_qwen.cache import Part, Preparation, prepare_parts
+from mini_qwen.chat import TokenRow
+from mini_qwen.encoding import encode_text, spells_control_token
 from mini_qwen.ledger import Ledger
-from mini_qwen.packing import Blocks, count_cut, cut_blocks
-from mini_qwen.rows import DataKeys, Row, check_columns, choose_held_out, count_rows, find_files, read_rows
-from mini_qwen.store import StoreWriter, TokenStore, prepare_once
+from mini_qwen.mixture import Arrangement, MixtureKeys, arrange, find_sources, read_phases
+from mini_qwen.packing import cut, fit
+from mini_qwen.rows import Row, check_columns, read_rows
+from mini_qwen.schemas import BadRow, check_unicode
+
+COLUMNS = ["text"]
+MAX_CHARACTERS = 1_000_000  # a longer document is split into rows of its own, so that memory stays small
 
 
 @dataclass
-class DocumentData(DataKeys):
+class DocumentData(MixtureKeys):
     """Recipe keys of pretraining data: rows `{"text": ...}`."""
 
-    eval_rows: int = 0  # rows cut off first, by seed, for the loss on data never trained on
     block_size: int = 1024  # tokens
+    packing: Literal["best_fit", "cut"] = "best_fit"  # cut: laid end to end, and cut wherever a block is full
     isolate_documents: bool = True  # false: plain concatenation, documents of a block see each other
 
 
-def read_documents(rows: Iterable[Row], ledger: Ledger, held_out: set[int]) -> Iterator[tuple[str, bool]]:
-    """Yield (text, is held out) of every row that has text; blank ones are counted and left out.
+def read_document(row: Row) -> str:
+    """The text of a row.
 
-    Raises SystemExit for a text that is not a string: then the column is not what the recipe takes it for.
+    Raises:
+        SystemExit: the text is a number or the like: then the column is not what the recipe takes it for.
+        BadRow: there is none.
     """
-    for index, row in enumerate(rows):
+    if row.fault:
+        raise BadRow(row.fault)
+    text = row.values.get("text")
+    if text is not None and not isinstance(text, str):
+        raise SystemExit(f"{row.place}: 'text' is {text!r:.80}, a {type(text).__name__}. Documents must be text.")
+    if text is None or not text.strip():
+        raise BadRow("empty text")
+    check_unicode(text)
+    return text
+
+
+def split_document(text: str) -> list[str]:
+    """Parts of at most MAX_CHARACTERS, cut behind a line break where there is one."""
+    parts = []
+    while len(text) > MAX_CHARACTERS:
+        at = text.rfind("\n", 0, MAX_CHARACTERS) + 1 or MAX_CHARACTERS
+        parts.append(text[:at])
+        text = text[at:]
+    return [*parts, text]
+
+
+def read_documents(rows: Iterable[Row], ledger: Ledger) -> Iterator[str]:
+    """The texts of all rows that have one; the others are counted by reason."""
+    for row in rows:
         ledger.rows_read += 1
-        text = row.values.get("text")
-        if text is not None and not isinstance(text, str):
-            raise SystemExit(f"{row.place}: 'text' is {text!r:.80}, a {type(text).__name__}. Documents must be text.")
-        if text is None or not text.strip():
-            ledger.rows_dropped["empty text"] += 1
-            continue
-        is_held_out = index in held_out
-        ledger.rows_held_out += is_held_out
-        ledger.rows_kept += not is_held_out
-        yield text, is_held_out
+        try:
+            yield read_document(row)
+        except BadRow as reason:
+            ledger.drop(str(reason), row.place)
+
+
+def draw(texts: Iterable[str], num_texts: int, seed: int) -> list[str]:
+    """At most `num_texts` of the texts, drawn by seed and in no order, each with the same chance.
+
+    Source: Vitter, Random sampling with a reservoir, 1985, algorithm R.
+    """
+    generator = random.Random(seed)
+    drawn: list[str] = []
+    for index, text in enumerate(texts):
+        if len(drawn) < num_texts:
+            drawn.append(text)
+        elif (at := generator.randrange(index + 1)) < num_texts:
+            drawn[at] = text
+    generator.shuffle(drawn)
+    return drawn
+
+
+def encode_documents(tokenizer: PreTrainedTokenizerBase, rows: list[Row]) -> tuple[list[TokenRow], Ledger]:
+    """The token rows of documents, each ending in `<|im_end|>`, and what became of the rows."""
+    ledger = Ledger()
+    texts, is_last = [], []
+    for text in read_documents(rows, ledger):
+        parts = split_document(text)
+        texts += parts
+        is_last += [False] * (len(parts) - 1) + [True]
+        ledger.rows_split_off += len(parts) - 1
+        ledger.rows_with_control_text += spells_control_token(tokenizer, [text])
+    end = np.array([tokenizer.eos_token_id], np.uint32)
+    token_rows = [
+        TokenRow(np.concatenate([ids, end]) if last else ids)
+        for ids, last in zip(encode_text(tokenizer, texts), is_last, strict=True)
+    ]
+    ledger.rows_kept = len(token_rows)
+    ledger.tokens_read = sum(len(row.ids) for row in token_rows)
+    return token_rows, ledger
+
+
+def prepare_files(
+    cache_dir: str, sources: dict[str, list[Path]], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, list[Part]]:
+    """The token rows of the files of each source; the same for every recipe with this tokenizer."""
+    check_columns(sources, [COLUMNS])
+    preparation = Preparation(
+        stage="pt",
+        read=lambda file: read_rows([file], COLUMNS),
+        encode=partial(encode_documents, tokenizer),
+        flags=False,
+        tokenizer=tokenizer,
+        settings={},
+    )
+    return prepare_parts(cache_dir, sources, preparation)
 
 
 def prepare_documents(
@@ -49,32 +129,27 @@ def prepare_documents(
     """Training blocks, held-out blocks (None when eval_rows is 0), and the ledger of both.
 
     Each document is its text's tokens and `<|im_end|>`. Nothing is cut off but the stated tail of the whole corpus.
+
+    Raises SystemExit when all documents together are shorter than one block.
     """
-    files = find_files(data.train_files)
-    check_columns(files, [["text"]])
-    held_out = choose_held_out(files, data.eval_rows, seed)
-
-    def build(folder: Path) -> Ledger:
-        ledger = Ledger(files=len(files))
-        writers = {part: StoreWriter(folder / name, flags=False) for part, name in [(False, "train"), (True, "eval")]}
-        documents = read_documents(read_rows(files, ["text"]), ledger, held_out)
-        progress = tqdm(total=sum(map(count_rows, files)), desc="tokenising", unit="rows")
-        while batch := list(islice(documents, 1000)):
-            for (_, part), ids in zip(batch, encode_text(tokenizer, [text for text, _ in batch]), strict=True):
-                writers[part].add([*ids, tokenizer.eos_token_id])
-            progress.update(len(batch))
-        progress.close()
-        for writer in writers.values():
-            writer.close()
-        ledger.tokens_read = ledger.tokens_trained = writers[False].starts[-1]
-        return ledger
-
-    settings = {"eval_rows": data.eval_rows, "seed": seed}
-    folder, ledger = prepare_once(data.cache_dir, "pt", files, tokenizer, settings, build)
-    train, held_out_store = TokenStore(folder / "train"), TokenStore(folder / "eval")
-    count_cut(train, data.block_size, data.isolate_documents, ledger)
+    phases = read_phases(data.train_files)
+    prepared = prepare_files(data.cache_dir, find_sources(phases), tokenizer)
+    plan = Arrangement(
+        phases=phases,
+        eval_rows=data.eval_rows,
+        held_out_of=list(prepared),
+        packing=data.packing,
+        pack=partial(fit, fill=True) if data.packing == "best_fit" else cut,
+        block_size=data.block_size,
+        isolate=data.isolate_documents,
+        seed=seed,
+    )
+    blocks, eval_blocks, ledger = arrange(data.cache_dir, "pt", prepared, plan)
     ledger.check(data.max_drop_share)
-    blocks = cut_blocks(train, data.block_size, data.isolate_documents, keep_tail=False)
-    if not data.eval_rows:
-        return blocks, None, ledger
-    return blocks, cut_blocks(held_out_store, data.block_size, data.isolate_documents, keep_tail=True), ledger
+    num_tokens = ledger.tokens_trained + ledger.tokens_masked + ledger.tokens_dropped.total()
+    if num_tokens < data.block_size:
+        raise SystemExit(
+            f"All documents together have {num_tokens:,} tokens, fewer than one block of {data.block_size:,}. Use "
+            "more data or a smaller block_size."
+        )
+    return blocks, eval_blocks, ledger

@@ -6,17 +6,21 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from mini_qwen.chat import TokenRow, encode_text
+from mini_qwen.chat import TokenRow
+from mini_qwen.encoding import encode_text
+from mini_qwen.files import find_files
 from mini_qwen.generation import Answer, encode_prompt, generate, speaks_chat
 from mini_qwen.ledger import Ledger
 from mini_qwen.metrics import Unigram, bits_per_byte, exact_match, perplexity, repetition_rate, standard_error
 from mini_qwen.model import check_checkpoint
-from mini_qwen.preferences import preference_rows
+from mini_qwen.preferences import read_preferences
 from mini_qwen.report import training_facts
-from mini_qwen.rows import check_columns, find_files, read_rows
+from mini_qwen.rows import check_columns, read_rows
+from mini_qwen.schemas import PAIR_COLUMNS, join_rated
 from mini_qwen.scoring import score_rows
 from mini_qwen.tokenizer import count_bytes, load_tokenizer
 from mini_qwen.training import choose_precision
@@ -76,8 +80,8 @@ def load_checkpoint(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
 
 def document_tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int) -> list[TokenRow]:
     """Documents as in pretraining, with their end token; longer ones lose their end."""
-    rows = [[*ids, tokenizer.eos_token_id][:max_length] for ids in encode_text(tokenizer, texts)]
-    return [TokenRow(ids, [True] * len(ids)) for ids in rows]
+    end = np.uint32(tokenizer.eos_token_id)
+    return [TokenRow(np.append(ids, end)[:max_length]) for ids in encode_text(tokenizer, texts)]
 
 
 def read_texts(paths: list[str]) -> list[str]:
@@ -97,8 +101,8 @@ def score_documents(args: EvalData, model: PreTrainedModel, tokenizer: PreTraine
     figures = {"bits_per_byte": bits_per_byte(total, num_bytes), "perplexity": perplexity(total, count)}
     if args.unigram_documents:
         training_rows = document_tokens(tokenizer, read_texts(args.unigram_documents), args.max_length)
-        unigram = Unigram((row.ids for row in training_rows), len(tokenizer))
-        total = sum(unigram.sum_log_prob(row.ids[1:]) for row in rows)
+        unigram = Unigram((row.ids.tolist() for row in training_rows), len(tokenizer))
+        total = sum(unigram.sum_log_prob(row.ids[1:].tolist()) for row in rows)
         figures["unigram_bits_per_byte"] = bits_per_byte(total, num_bytes)
     return figures | {"scored_tokens": count}
 
@@ -136,14 +140,16 @@ def manners(answers: list[Answer]) -> dict[str, float]:
 def score_preferences(args: EvalData, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
     """Share of held-out pairs whose chosen answer has the higher log-probability, and the mean margin in nats."""
     ledger = Ledger()
-    rows = read_rows(find_files(args.preferences), ["prompt", "chosen", "rejected"])
-    pairs = list(preference_rows(rows, tokenizer, args.max_length, ledger))
+    rows = join_rated(read_rows(find_files(args.preferences), PAIR_COLUMNS))
+    pairs = list(read_preferences(rows, tokenizer, args.max_length, ledger))
     ledger.check(max_drop_share=1.0)
     print(f"preferences: {ledger.rows_kept:,} of {ledger.rows_read:,} pairs scored {dict(ledger.rows_dropped) or ''}")
     sides = [
-        TokenRow(pair["prompt_ids"] + pair[side], [False] * len(pair["prompt_ids"]) + [True] * len(pair[side]))
-        for side in ("chosen_ids", "rejected_ids")
-        for pair in pairs
+        TokenRow(
+            np.concatenate([pair.prompt_ids, answer]), np.repeat([False, True], [len(pair.prompt_ids), len(answer)])
+        )
+        for answers in ([pair.chosen_ids for pair in pairs], [pair.rejected_ids for pair in pairs])
+        for pair, answer in zip(pairs, answers, strict=True)
     ]
     scores = score_rows(model, sides, "preferences")
     margins = [
@@ -196,4 +202,4 @@ def check_inputs(args: EvalData) -> None:
         (args.questions, [["question", "answer"]]),
         (args.preferences, [["chosen", "rejected"]]),
     ]:
-        check_columns(find_files(paths), choices)
+        check_columns({"": find_files(paths)}, choices)

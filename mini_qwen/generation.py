@@ -7,7 +7,9 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from mini_qwen.chat import Turn, encode_chat, encode_text
+from mini_qwen.chat import encode_chat
+from mini_qwen.encoding import encode_text
+from mini_qwen.schemas import Turn
 
 
 class Answer(NamedTuple):
@@ -31,8 +33,8 @@ class WholeCharacters(TextStreamer):
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, turns: list[Turn], chat: bool) -> list[int]:
     """The ids to continue: the conversation in the chat template, or the last turn's text as it is."""
     if chat:
-        return encode_chat(tokenizer, turns, add_generation_prompt=True).ids
-    return encode_text(tokenizer, [turns[-1]["content"]])[0]
+        return encode_chat(tokenizer, turns, add_generation_prompt=True).ids.tolist()
+    return encode_text(tokenizer, [turns[-1]["content"]])[0].tolist()
 
 
 @torch.no_grad()

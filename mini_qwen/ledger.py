@@ -1,7 +1,7 @@
 """The ledger: what became of every row and every token that was read. It adds up, or the run stops."""
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 
@@ -9,34 +9,69 @@ from typing import Any
 class Ledger:
     """Counts of one preparation.
 
-    rows_read = rows_kept + held_out + dropped rows; `rows_shortened` counts kept rows that lost a part.
-    tokens_read = tokens_trained + tokens_masked + dropped tokens. A masked token is seen by the model but not scored
-    (questions, the template, the first token of a document). Rows that are dropped before they are tokenised add no
-    tokens.
+        rows_read + rows_split_off = rows_kept + rows_held_out + rows_unused + rows_joined + rows_dropped
+        tokens_read + tokens_repeated
+            = tokens_trained + tokens_masked + tokens_held_out + tokens_unused + tokens_dropped
+
+    A masked token is seen by the model but not scored (questions, the template, the first token of a document). Rows
+    whose text cannot be read, or whose turns are no turns, add no tokens. For a pair, tokens are those of both sides,
+    each with its prompt.
     """
 
     files: int = 0
+    files_without_rows: int = 0
     rows_read: int = 0
+    rows_split_off: int = 0  # further rows that huge documents were split into
     rows_kept: int = 0
     rows_held_out: int = 0
-    rows_shortened: int = 0
+    rows_unused: int = 0  # left out by a mixture that takes less than all of their source
+    rows_joined: int = 0  # rated answers that became the second side of a pair
     rows_dropped: Counter[str] = field(default_factory=Counter)
+    rows_shortened: int = 0  # of the kept
+    rows_with_control_text: int = 0  # of the read: their text spells a control token, and is tokenised as plain text
+    rows_cut: int = 0  # of the kept: laid into more than one block
+    short_rows_cut: int = 0  # of those, the ones that one block could have held
     tokens_read: int = 0
+    tokens_repeated: int = 0  # by a mixture that takes a source more than once
     tokens_trained: int = 0
     tokens_masked: int = 0
+    tokens_held_out: int = 0
+    tokens_unused: int = 0
     tokens_dropped: Counter[str] = field(default_factory=Counter)
+    blocks: int = 0
+    tokens_padding: int = 0  # room in the blocks that no token fills
+    tokens_by_source: Counter[str] = field(default_factory=Counter)  # trained and masked
+    first_places: dict[str, str] = field(default_factory=dict)  # of each reason for dropping, the first row
+
+    def drop(self, reason: str, place: str, tokens: int = 0) -> None:
+        """Count a row that is left out, with the tokens it would have had."""
+        self.rows_dropped[reason] += 1
+        self.first_places.setdefault(reason, place)
+        if tokens:
+            self.tokens_read += tokens
+            self.tokens_dropped[reason] += tokens
+
+    def add(self, other: "Ledger") -> None:
+        """Take over the counts of rows that come after those of this ledger."""
+        self.first_places = other.first_places | self.first_places
+        for name in (item.name for item in fields(self) if item.name != "first_places"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def check(self, max_drop_share: float) -> None:
         """Raises SystemExit when nothing is left or more than `max_drop_share` of the rows were dropped."""
-        dropped = self.rows_dropped.total()
-        assert self.rows_read == self.rows_kept + self.rows_held_out + dropped, self
-        assert self.tokens_read == self.tokens_trained + self.tokens_masked + self.tokens_dropped.total(), self
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.rows_dropped.most_common()) or "none"
+        dropped, rows = self.rows_dropped.total(), self.rows_read + self.rows_split_off
+        assert rows == self.rows_kept + self.rows_held_out + self.rows_unused + self.rows_joined + dropped, self
+        unlearnt = self.tokens_held_out + self.tokens_unused + self.tokens_dropped.total()
+        assert self.tokens_read + self.tokens_repeated == self.tokens_trained + self.tokens_masked + unlearnt, self
+        reasons = ", ".join(
+            f"{count:,} {reason} (first: {self.first_places.get(reason, 'unknown')})"
+            for reason, count in self.rows_dropped.most_common()
+        )
         if not self.rows_kept:
-            raise SystemExit(f"No row is left to train on: of {self.rows_read:,} rows read, dropped: {reasons}.")
-        if dropped > max_drop_share * self.rows_read:
+            raise SystemExit(f"No row is left to train on: of {self.rows_read:,} read, dropped: {reasons or 'none'}.")
+        if dropped > max_drop_share * rows:
             raise SystemExit(
-                f"{dropped:,} of {self.rows_read:,} rows were dropped ({reasons}), more than the share of "
+                f"{dropped:,} of {rows:,} rows were dropped: {reasons}. That is more than the share of "
                 f"{max_drop_share:.0%} that max_drop_share allows. Clean the data, raise max_length if rows are too "
                 "long, or raise max_drop_share if this is meant."
             )
@@ -46,19 +81,43 @@ class Ledger:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Ledger":
-        counters = {key: Counter(values[key]) for key in ("rows_dropped", "tokens_dropped")}
-        return cls(**{**values, **counters})
+        counters = {key: Counter(values[key]) for key in ("rows_dropped", "tokens_dropped", "tokens_by_source")}
+        return cls(**(values | counters))
 
     def summary(self) -> str:
-        """Two lines for the log."""
+        """A few lines for the log; counts that are 0 and need no mention are left out."""
 
-        def line(total: int, **parts: int) -> str:
-            named = (f"{count:,} {name.replace('_', ' ')}" for name, count in parts.items())
-            return f"{total:,} read = " + " + ".join(named)
+        def terms(stem: str, names: str, dropped: Counter[str]) -> str:
+            counts = {name: getattr(self, f"{stem}_{name}") for name in names.split()}
+            named = [
+                f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items() if count or name == "kept"
+            ]
+            return " + ".join([*named, *(f"{count:,} dropped ({reason})" for reason, count in dropped.items())])
 
-        dropped_rows = {f"dropped ({reason})": count for reason, count in self.rows_dropped.items()}
-        dropped_tokens = {f"dropped ({reason})": count for reason, count in self.tokens_dropped.items()}
-        rows = line(self.rows_read, kept=self.rows_kept, held_out=self.rows_held_out, **dropped_rows)
-        tokens = line(self.tokens_read, trained=self.tokens_trained, masked=self.tokens_masked, **dropped_tokens)
-        shortened = f"{self.rows_shortened:,} of the kept shortened"
-        return f"rows:   {rows} ({shortened}), from {self.files} files\ntokens: {tokens}"
+        def read(stem: str, extra: str) -> str:
+            more = getattr(self, f"{stem}_{extra}")
+            return f"{getattr(self, f'{stem}_read'):,} read" + (f" + {more:,} {extra.replace('_', ' ')}" * bool(more))
+
+        notes = [
+            f"{self.rows_shortened:,} of the kept shortened",
+            f"{self.rows_with_control_text:,} spell a control token" * bool(self.rows_with_control_text),
+            f"{self.files_without_rows:,} files without rows" * bool(self.files_without_rows),
+        ]
+        rows = terms("rows", "kept held_out unused joined", self.rows_dropped)
+        tokens = terms("tokens", "trained masked held_out unused", self.tokens_dropped)
+        remarks = ", ".join(filter(None, notes))
+        lines = [
+            f"rows:   {read('rows', 'split_off')} = {rows} ({remarks}), from {self.files} files",
+            f"tokens: {read('tokens', 'repeated')} = {tokens}",
+        ]
+        if self.blocks:
+            filled = self.tokens_trained + self.tokens_masked
+            lines.append(
+                f"blocks: {self.blocks:,}, {self.tokens_padding / (filled + self.tokens_padding):.2%} padding; "
+                f"{self.rows_cut:,} rows in more than one block, {self.short_rows_cut:,} of them no longer than one"
+            )
+        if len(self.tokens_by_source) > 1:
+            total = self.tokens_by_source.total()
+            shares = (f"{name} {count:,} ({count / total:.1%})" for name, count in self.tokens_by_source.items())
+            lines.append("source: " + ", ".join(shares))
+        return "\n".join(lines)

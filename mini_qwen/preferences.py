@@ -1,35 +1,44 @@
 """DPO data: pairs of answers in, token rows out, both sides ending in their stop token."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import pyarrow as pa
 from datasets import Dataset
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 from trl import DPOTrainer
 
-from mini_qwen.chat import BadRow, Turn, encode_chat, encode_text, read_turns
-from mini_qwen.conversations import fit_turns
+from mini_qwen.cache import Preparation, build_once, hash_of, prepare_parts, source_hash
+from mini_qwen.chat import TokenRow, encode_chat
+from mini_qwen.conversations import SHORTENED, fit_turns
+from mini_qwen.encoding import encode_text, spells_control_token
+from mini_qwen.files import DataKeys
 from mini_qwen.ledger import Ledger
-from mini_qwen.rows import DataKeys, Row, check_columns, count_rows, find_files, read_rows
-from mini_qwen.store import prepare_once
+from mini_qwen.mixture import find_sources, read_phases
+from mini_qwen.rows import Row, check_columns, read_rows
+from mini_qwen.schemas import PAIR_COLUMNS, PAIRS, BadRow, join_rated, read_pair
+from mini_qwen.store import TokenStore
 
-COLUMNS = ["prompt", "chosen", "rejected"]
+PAIRS_AT_ONCE = 1000  # held in memory while the pairs are written
 
 
 @dataclass
 class PreferenceData(DataKeys):
-    """Recipe keys of DPO data: rows `{"prompt": str or turns, "chosen": turns, "rejected": turns}`."""
+    """Recipe keys of DPO data; docs/data.md lists the schemas."""
 
     test_files: list[str] | None = None  # never trained on, only scored
 
 
 class Pair(NamedTuple):
-    prompt_ids: list[int]  # ends with the opening of the assistant's turn
-    chosen_ids: list[int]  # the answer and <|im_end|>
-    rejected_ids: list[int]
+    """Token ids of a pair: three rows of the store, one after the other."""
+
+    prompt_ids: np.ndarray  # ends with the opening of the assistant's turn
+    chosen_ids: np.ndarray  # the answer and <|im_end|>
+    rejected_ids: np.ndarray
 
     @property
     def num_tokens(self) -> int:
@@ -37,68 +46,51 @@ class Pair(NamedTuple):
         return 2 * len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids)
 
 
-def read_answer(value: Any, place: str) -> tuple[list[Turn], str]:
-    """The turns before the answer (often none, or the prompt again) and the answer's text."""
-    turns = read_turns([{"role": "assistant", "content": value}] if isinstance(value, str) else value, place)
-    if turns[-1]["role"] != "assistant":
-        raise BadRow("last turn is not an answer")
-    return turns[:-1], turns[-1]["content"]
-
-
-def read_pair(values: dict[str, Any], place: str) -> tuple[list[Turn], str, str]:
-    """Prompt turns, chosen answer, rejected answer. The prompt may stand in `prompt`, in both sides, or in all three.
-
-    Raises BadRow: an answer is missing or empty, both are the same, or the sides have different prompts.
-    """
-    before_chosen, chosen = read_answer(values.get("chosen"), place)
-    before_rejected, rejected = read_answer(values.get("rejected"), place)
-    if before_chosen != before_rejected:
-        raise BadRow("different prompts in chosen and rejected")
-    if chosen == rejected:
-        raise BadRow("chosen equals rejected")
-    prompt = values.get("prompt")
-    prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    turns = before_chosen or read_turns(prompt, place)
-    if turns[-1]["role"] != "user":
-        raise BadRow("prompt does not end with a question")
-    return turns, chosen, rejected
-
-
-def fit_pair(
-    tokenizer: PreTrainedTokenizerBase, turns: list[Turn], chosen: str, rejected: str, max_length: int
-) -> tuple[Pair, Pair]:
-    """The pair as tokens, whole and with its prompt shortened so that the longer side fits `max_length`.
-
-    Raises BadRow when an answer does not fit even so.
-    """
-    contents = encode_text(tokenizer, [turn["content"] for turn in turns])
-    answers = [[*ids, tokenizer.eos_token_id] for ids in encode_text(tokenizer, [chosen, rejected])]
-    room = max_length - max(map(len, answers))
-    whole = encode_chat(tokenizer, turns, add_generation_prompt=True, contents=contents)
-    fitted = fit_turns(tokenizer, turns, contents, room, add_generation_prompt=True)
-    return Pair(whole.ids, *answers), Pair(fitted.ids, *answers)
-
-
-def preference_rows(
-    rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, max_length: int, ledger: Ledger
-) -> Iterator[dict[str, list[int]]]:
-    """Yield `prompt_ids`, `chosen_ids`, `rejected_ids` of every usable pair; the others are counted by reason."""
+def read_preferences(
+    rows: Iterator[Row] | list[Row], tokenizer: PreTrainedTokenizerBase, max_length: int, ledger: Ledger
+) -> Iterator[Pair]:
+    """The pairs that can be trained on, their prompts shortened to `max_length`; the others are counted by reason."""
     for row in rows:
-        ledger.rows_read += 1
+        joined = bool(row.values.get("joined"))
+        ledger.rows_read += 1 + joined
+        ledger.rows_joined += joined
+        num_tokens = 0
         try:
-            whole, fitted = fit_pair(tokenizer, *read_pair(row.values, row.place), max_length)
+            if row.fault:
+                raise BadRow(row.fault)
+            turns, chosen, rejected = read_pair(row.values, row.place)
+            texts = [turn["content"] for turn in turns]
+            ledger.rows_with_control_text += spells_control_token(tokenizer, [*texts, chosen, rejected])
+            contents = encode_text(tokenizer, texts)
+            end = np.uint32(tokenizer.eos_token_id)
+            answers = [np.append(ids, end) for ids in encode_text(tokenizer, [chosen, rejected])]
+            pair = Pair(encode_chat(tokenizer, turns, add_generation_prompt=True, contents=contents).ids, *answers)
+            num_tokens = pair.num_tokens
+            room = max_length - max(map(len, answers))
+            if len(pair.prompt_ids) > room:
+                prompt = fit_turns(tokenizer, turns, contents, room, add_generation_prompt=True)
+                pair = pair._replace(prompt_ids=prompt.ids)
         except BadRow as reason:
-            ledger.rows_dropped[str(reason)] += 1
+            ledger.drop(str(reason), row.place, num_tokens)
             continue
         ledger.rows_kept += 1
-        trained = len(fitted.chosen_ids) + len(fitted.rejected_ids)
-        ledger.tokens_read += whole.num_tokens
+        ledger.tokens_read += num_tokens
+        trained = len(pair.chosen_ids) + len(pair.rejected_ids)
         ledger.tokens_trained += trained
-        ledger.tokens_masked += fitted.num_tokens - trained
-        if fitted.num_tokens < whole.num_tokens:
+        ledger.tokens_masked += pair.num_tokens - trained
+        if pair.num_tokens < num_tokens:
             ledger.rows_shortened += 1
-            ledger.tokens_dropped["shortened to max_length"] += whole.num_tokens - fitted.num_tokens
-        yield fitted._asdict()
+            ledger.tokens_dropped[SHORTENED] += num_tokens - pair.num_tokens
+        yield pair
+
+
+def encode_preferences(
+    tokenizer: PreTrainedTokenizerBase, max_length: int, rows: list[Row]
+) -> tuple[list[TokenRow], Ledger]:
+    """The token rows of pairs, three of each, and what became of the rows."""
+    ledger = Ledger()
+    pairs = read_preferences(rows, tokenizer, max_length, ledger)
+    return [TokenRow(ids) for pair in pairs for ids in pair], ledger
 
 
 def prepare_preferences(
@@ -106,7 +98,8 @@ def prepare_preferences(
 ) -> tuple[Dataset, Dataset | None, Ledger]:
     """Training pairs, test pairs (None without test_files), and the ledger of the training pairs.
 
-    The pairs are datasets on disk, so that all processes share one file of reference log-probabilities.
+    Columns: prompt_ids, chosen_ids, rejected_ids, and `length`, the tokens of the longer side, by which the trainer
+    groups pairs. They are a file on disk, so that all processes share one file of reference log-probabilities.
     """
     train, ledger = prepare_pairs(data, data.train_files, tokenizer, max_length)
     test = prepare_pairs(data, data.test_files, tokenizer, max_length)[0] if data.test_files else None
@@ -116,20 +109,45 @@ def prepare_preferences(
 def prepare_pairs(
     data: PreferenceData, paths: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> tuple[Dataset, Ledger]:
-    files = find_files(paths)
-    check_columns(files, [COLUMNS, COLUMNS[1:]])
-
-    def build(folder: Path) -> Ledger:
-        ledger = Ledger(files=len(files))
-        rows = tqdm(read_rows(files, COLUMNS), total=sum(map(count_rows, files)), desc="tokenising", unit="rows")
-        pairs = list(preference_rows(rows, tokenizer, max_length, ledger))
-        ledger.check(data.max_drop_share)
-        Dataset.from_list(pairs).save_to_disk(folder / "pairs")
-        return ledger
-
-    folder, ledger = prepare_once(data.cache_dir, "dpo", files, tokenizer, {"max_length": max_length}, build)
+    sources = find_sources(read_phases(paths))
+    check_columns(sources, PAIRS)
+    preparation = Preparation(
+        stage="dpo",
+        read=lambda file: join_rated(read_rows([file], PAIR_COLUMNS)),
+        encode=partial(encode_preferences, tokenizer, max_length),
+        flags=False,
+        tokenizer=tokenizer,
+        settings={"max_length": max_length},
+    )
+    prepared = prepare_parts(data.cache_dir, sources, preparation)
+    parts = [part for found in prepared.values() for part in found]
+    ledger = Ledger()
+    for part in parts:
+        ledger.add(part.ledger)
     ledger.check(data.max_drop_share)
-    return Dataset.load_from_disk(folder / "pairs"), ledger
+
+    def build(folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        write_pairs(folder / "pairs.arrow", TokenStore([part.folder for part in parts]))
+
+    key = hash_of([[part.folder.name for part in parts], source_hash()])
+    folder = build_once(Path(data.cache_dir) / f"dpo-pairs-{key}", build)
+    return Dataset.from_file(str(folder / "pairs.arrow")), ledger
+
+
+def write_pairs(file: Path, store: TokenStore) -> None:
+    """Write the rows of the store, three to a pair, as an Arrow stream that `datasets` opens memory-mapped."""
+    ids = pa.list_(pa.uint32())
+    schema = pa.schema([("prompt_ids", ids), ("chosen_ids", ids), ("rejected_ids", ids), ("length", pa.int64())])
+    with pa.ipc.new_stream(file, schema) as stream:
+        for start in range(0, len(store), 3 * PAIRS_AT_ONCE):
+            rows = [store.row(row) for row in range(start, min(start + 3 * PAIRS_AT_ONCE, len(store)))]
+            pairs = [Pair(*rows[at : at + 3]) for at in range(0, len(rows), 3)]
+            columns: dict[str, list[Any]] = {name: [getattr(pair, name) for pair in pairs] for name in Pair._fields}
+            columns["length"] = [
+                len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs
+            ]
+            stream.write_batch(pa.RecordBatch.from_pydict(columns, schema=schema))
 
 
 class PreparedDPOTrainer(DPOTrainer):

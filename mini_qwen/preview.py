@@ -2,7 +2,7 @@
 
 from transformers import PreTrainedTokenizerBase, Trainer
 
-from mini_qwen.packing import IGNORED
+from mini_qwen.blocks import IGNORED
 
 GREEN, PLAIN = "\033[32m", "\033[0m"
 

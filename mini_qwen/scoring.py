@@ -8,8 +8,8 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from mini_qwen.blocks import IGNORED, BlockCollator
 from mini_qwen.chat import TokenRow
-from mini_qwen.packing import IGNORED, BlockCollator
 
 MAX_LOGITS = 2**26  # numbers in one batch of logits: 256 MB in fp32
 
@@ -48,7 +48,7 @@ def score_rows(model: PreTrainedModel, rows: Sequence[TokenRow], desc: str) -> l
 
 
 def as_block(row: TokenRow) -> dict[str, np.ndarray]:
-    ids = np.array(row.ids, dtype=np.int64)
-    labels = np.where(row.trained, ids, IGNORED)
+    ids = row.ids.astype(np.int64)
+    labels = ids.copy() if row.trained is None else np.where(row.trained, ids, IGNORED)
     labels[:1] = IGNORED
     return {"input_ids": ids, "position_ids": np.arange(len(ids)), "labels": labels}

@@ -1,113 +1,136 @@
-"""Token rows on disk: written once as they come, opened memory-mapped by every run and every process after."""
+"""Token rows on disk: written as they come, opened memory-mapped by every run and every process after."""
 
-import contextlib
-import hashlib
 import json
-import shutil
-import tempfile
-from array import array
-from collections.abc import Callable, Iterable, Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
-from mini_qwen.ledger import Ledger
-
-# What decides the tokens of a row, beside the tokenizer and the template.
-ROW_MODULES = ("chat", "conversations", "documents", "ledger", "preferences", "rows", "store")
-
-
-class TokenStore:
-    """Rows of token ids, one after the other, in three files of a folder.
-
-        ids.u32       every token id, 4 bytes each (Qwen's ids pass the 65,535 that 2 bytes hold)
-        trained.u8    1 where the token is to be learnt; absent when all are
-        starts.npy    where each row begins, and where the last one ends
-
-    `ids` and `trained` are memory-mapped: a corpus larger than memory opens in no time.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.starts: np.ndarray = np.load(folder / "starts.npy", mmap_mode="r")
-        empty = self.starts[-1] == 0  # numpy cannot map an empty file
-        self.ids = np.zeros(0, np.uint32) if empty else np.memmap(folder / "ids.u32", dtype=np.uint32, mode="r")
-        has_flags = (folder / "trained.u8").exists() and not empty
-        self.trained = np.memmap(folder / "trained.u8", dtype=np.uint8, mode="r") if has_flags else None
-
-    def __reduce__(self) -> tuple[type, tuple[Path]]:
-        return TokenStore, (self.folder,)  # another process maps the files anew
-
-    def __len__(self) -> int:
-        return len(self.starts) - 1
-
-    @property
-    def num_tokens(self) -> int:
-        return int(self.starts[-1])
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return np.diff(self.starts)
+FILES = {"ids": np.uint32, "starts": np.int64, "trained": np.uint8}
+STATE = "state.json"  # of a folder that is being written; absent from a complete one
 
 
 class StoreWriter:
-    """Writes a TokenStore row by row, holding only the rows' starts in memory."""
+    """Writes a folder of token rows, one after the other, in files that only grow.
+
+        ids       every token id, 4 bytes each (Qwen's ids pass the 65,535 that 2 bytes hold)
+        starts    where each row begins, counted in tokens, and where the last one ends; 8 bytes each
+        trained   1 where the token is to be learnt; absent when all are
+
+    What has been committed survives a kill: a new writer on the folder cuts the files back to that and goes on.
+    """
 
     def __init__(self, folder: Path, flags: bool) -> None:
-        folder.mkdir(parents=True)
         self.folder = folder
-        self.ids = (folder / "ids.u32").open("wb")
-        self.flags = (folder / "trained.u8").open("wb") if flags else None
-        self.starts = array("q", [0])
+        folder.mkdir(parents=True, exist_ok=True)
+        state_file = folder / STATE
+        self.state: dict[str, Any] = json.loads(state_file.read_text()) if state_file.exists() else {}
+        sizes = self.state.get("sizes", {})
+        names = [name for name in FILES if flags or name != "trained"]
+        self.streams = {name: (folder / name).open("r+b" if name in sizes else "wb") for name in names}
+        for name, stream in self.streams.items():
+            stream.truncate(sizes.get(name, 0))
+            stream.seek(0, 2)
+        self.num_tokens = self.streams["ids"].tell() // 4
+        if not sizes:
+            self.streams["starts"].write(np.int64(0).tobytes())
 
-    def add(self, ids: Sequence[int], trained: Sequence[bool] | None = None) -> None:
-        self.ids.write(np.asarray(ids, dtype=np.uint32).tobytes())
-        if self.flags is not None:
-            self.flags.write(np.asarray(trained, dtype=np.uint8).tobytes())
-        self.starts.append(self.starts[-1] + len(ids))
+    def add(self, ids: list[np.ndarray], trained: list[np.ndarray] | None = None) -> None:
+        """Append rows; `trained` flags their tokens, where the folder has flags."""
+        if ids:
+            self.streams["ids"].write(np.concatenate(ids).astype(np.uint32, copy=False).data)
+            self.streams["starts"].write((self.num_tokens + np.cumsum([len(row) for row in ids], dtype=np.int64)).data)
+            self.num_tokens += sum(map(len, ids))
+        if ids and trained is not None:
+            self.streams["trained"].write(np.concatenate(trained).astype(np.uint8, copy=False).data)
+
+    def commit(self, **state: Any) -> None:
+        """Make all that was added last, with a `state` to go on from."""
+        for stream in self.streams.values():
+            stream.flush()
+        self.state = state | {"sizes": {name: stream.tell() for name, stream in self.streams.items()}}
+        fresh = self.folder / f"{STATE}.new"
+        fresh.write_text(json.dumps(self.state))
+        fresh.replace(self.folder / STATE)
 
     def close(self) -> None:
-        self.ids.close()
-        if self.flags is not None:
-            self.flags.close()
-        np.save(self.folder / "starts.npy", np.frombuffer(self.starts, dtype=np.int64))
+        for stream in self.streams.values():
+            stream.close()
+        (self.folder / STATE).unlink(missing_ok=True)
 
 
-def prepare_once(
-    cache_dir: str,
-    stage: str,
-    files: Iterable[Path],
-    tokenizer: PreTrainedTokenizerBase,
-    settings: dict[str, Any],
-    build: Callable[[Path], Ledger],
-) -> tuple[Path, Ledger]:
-    """The folder that `build` filled, from an earlier run if nothing that it depends on has changed since.
+class TokenStore:
+    """The token rows of one or more folders, one folder after the other, opened without reading them.
 
-    The folder's name is a hash of the files (path, size, time of change), the tokenizer, the chat template, the
-    `settings` and the source of the modules that make rows, so that an edited function never meets rows that its old
-    version made. A folder is complete or absent: `build` fills one of its own, which is renamed at the end.
+    Rows and tokens are counted through all folders. A row lies in one folder, a stretch of tokens to be read too.
     """
-    source = [Path(__file__).parent / f"{name}.py" for name in ROW_MODULES]
-    parts = {
-        "files": [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files],
-        "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
-        "template": tokenizer.chat_template,
-        "settings": settings,
-        "source": [hashlib.sha256(file.read_bytes()).hexdigest() for file in source],
-    }
-    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-    folder = Path(cache_dir) / f"{stage}-{key}"
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=folder.name + ".partial-", dir=folder.parent))
-        try:
-            ledger = build(partial)
-            (partial / "ledger.json").write_text(json.dumps(ledger.as_dict(), indent=2), encoding="utf-8")
-            with contextlib.suppress(OSError):  # another process may have been faster, with the same rows
-                partial.rename(folder)
-            assert folder.exists(), folder
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    return folder, Ledger.from_dict(json.loads((folder / "ledger.json").read_text(encoding="utf-8")))
+
+    def __init__(self, folders: Sequence[Path]) -> None:
+        self.folders = list(folders)
+        self.parts = [
+            {name: map_file(folder / name, dtype) for name, dtype in FILES.items() if (folder / name).exists()}
+            for folder in self.folders
+        ]
+        # Row and token at which each part begins; one more for the end.
+        self.row_offsets = np.cumsum([0, *(len(part["starts"]) - 1 for part in self.parts)])
+        self.token_offsets = np.cumsum([0, *(int(part["starts"][-1]) for part in self.parts)])
+        self._token_offsets = self.token_offsets.tolist()
+
+    def __len__(self) -> int:
+        return int(self.row_offsets[-1])
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.token_offsets[-1])
+
+    def spans(self, rows: np.ndarray) -> np.ndarray:
+        """First and one past the last token of each of the `rows`, int64 [n, 2]."""
+        result = np.empty((len(rows), 2), np.int64)
+        owners = np.searchsorted(self.row_offsets, rows, side="right") - 1
+        for number in np.unique(owners):
+            mine = owners == number
+            starts, local = self.parts[number]["starts"], rows[mine] - self.row_offsets[number]
+            result[mine] = np.stack([starts[local], starts[local + 1]], axis=1) + self.token_offsets[number]
+        return result
+
+    def rows_of(self, spans: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of each span, the length of the row that it is a stretch of, and whether it begins that row."""
+        row_lengths, begins_row = np.empty(len(spans), np.int64), np.empty(len(spans), bool)
+        owners = self.parts_of(spans)
+        for number in np.unique(owners):
+            mine = owners == number
+            starts, local = self.parts[number]["starts"], spans[mine, 0] - self.token_offsets[number]
+            row = np.searchsorted(starts, local, side="right") - 1
+            row_lengths[mine], begins_row[mine] = starts[row + 1] - starts[row], starts[row] == local
+        return row_lengths, begins_row
+
+    def parts_of(self, spans: np.ndarray) -> np.ndarray:
+        """The number of the folder that each span lies in."""
+        return np.searchsorted(self.token_offsets, spans[:, 0], side="right") - 1
+
+    def flags_of(self, spans: np.ndarray) -> Iterator[np.ndarray]:
+        """The flags of the spans that have any."""
+        flagged = [number for number, part in enumerate(self.parts) if "trained" in part]
+        for start, end in spans[np.isin(self.parts_of(spans), flagged)].tolist():
+            yield self.read(start, end)[1]
+
+    def read(self, start: int, end: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Ids of a stretch of tokens and their flags, None where all are to be learnt."""
+        number = bisect_right(self._token_offsets, start) - 1
+        part, offset = self.parts[number], self._token_offsets[number]
+        flags = part.get("trained")
+        return part["ids"][start - offset : end - offset], None if flags is None else flags[
+            start - offset : end - offset
+        ]
+
+    def row(self, index: int) -> np.ndarray:
+        """The ids of one row."""
+        ((start, end),) = self.spans(np.array([index])).tolist()
+        return self.read(start, end)[0]
+
+
+def map_file(file: Path, dtype: type) -> np.ndarray:
+    # As a plain array: slices of the subclass np.memmap take several times as long.
+    return np.asarray(np.memmap(file, dtype=dtype, mode="r")) if file.stat().st_size else np.zeros(0, dtype)

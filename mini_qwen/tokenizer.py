@@ -6,7 +6,8 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from mini_qwen.chat import TEMPLATE, encode_text
+from mini_qwen.chat import TEMPLATE
+from mini_qwen.encoding import encode_text
 
 END_OF_TURN, PAD = "<|im_end|>", "<|endoftext|>"
 CONTROL_TOKENS = [PAD, "<|im_start|>", END_OF_TURN]

@@ -1,0 +1,152 @@
+"""Prepared once: the token rows of each data file, in a folder named by a hash of all that decides them."""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from mini_qwen.chat import TokenRow
+from mini_qwen.encoding import text_encoder
+from mini_qwen.files import count_rows
+from mini_qwen.ledger import Ledger
+from mini_qwen.rows import Row
+from mini_qwen.store import STATE, StoreWriter
+
+# What decides the tokens of a row, beside the tokenizer, the template and the recipe.
+ROW_MODULES = ("cache", "chat", "conversations", "documents", "encoding", "files", "ledger", "packing")
+ROW_MODULES += ("preferences", "rows", "schemas", "store")
+BATCH_SIZE = 200  # rows
+SECONDS_BETWEEN_COMMITS = 10.0
+
+
+class Part(NamedTuple):
+    """The prepared rows of one data file."""
+
+    folder: Path
+    ledger: Ledger
+
+    @property
+    def num_tokens(self) -> int:
+        return (self.folder / "ids").stat().st_size // 4
+
+
+class Preparation(NamedTuple):
+    """How a stage makes token rows: pure functions, rows in, token rows and counts out."""
+
+    stage: str
+    read: Callable[[Path], Iterable[Row]]
+    encode: Callable[[list[Row]], tuple[list[TokenRow], Ledger]]
+    flags: bool  # whether some tokens of a row are not to be learnt
+    tokenizer: PreTrainedTokenizerBase
+    settings: dict[str, Any]  # what `read` and `encode` depend on beside the tokenizer
+
+
+def hash_of(parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def source_hash() -> str:
+    """Of the modules that make rows: an edited function never meets rows that its old version made."""
+    files = [Path(__file__).parent / f"{name}.py" for name in ROW_MODULES]
+    return hash_of([hashlib.sha256(file.read_bytes()).hexdigest() for file in files])
+
+
+def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
+    """The folder, complete: built by one process while others wait for it, or found as an earlier run left it.
+
+    `build` fills a folder beside it, which is renamed at the end; what a killed build left there it finds again.
+    The others wait for a lock on a file, not in a collective operation, which would time out.
+    """
+    if folder.exists():
+        return folder
+    locks = folder.parent / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(locks / folder.name)
+    try:
+        lock.acquire(timeout=1)
+    except Timeout:
+        print(f"another process is preparing {folder}; waiting for it", flush=True)
+        lock.acquire()
+    try:
+        if not folder.exists():
+            unfinished = folder.with_name(folder.name + ".partial")
+            build(unfinished)
+            unfinished.rename(folder)
+    finally:
+        lock.release()
+    return folder
+
+
+def prepare_parts(cache_dir: str, sources: dict[str, list[Path]], preparation: Preparation) -> dict[str, list[Part]]:
+    """The prepared rows of each file of each source. Only what no earlier run has left is made."""
+    tokenizer = preparation.tokenizer
+    common = {
+        "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        "template": tokenizer.chat_template,
+        "settings": preparation.settings,
+        "source": source_hash(),
+    }
+    parts: dict[str, list[Part]] = {source: [] for source in sources}
+    done = 0
+    num_rows = count_rows([file for files in sources.values() for file in files])
+    with tqdm(total=num_rows, desc="tokenising", unit="rows", delay=1) as progress:
+        for source, file in ((source, file) for source, files in sources.items() for file in files):
+            state = file.stat()
+            key = hash_of(common | {"file": (str(file.resolve()), state.st_size, state.st_mtime_ns)})
+            folder = Path(cache_dir) / f"{preparation.stage}-{key}"
+            build_once(folder, partial(prepare_file, file=file, preparation=preparation, progress=progress))
+            ledger = Ledger.from_dict(json.loads((folder / "ledger.json").read_text(encoding="utf-8")))
+            parts[source].append(Part(folder, ledger))
+            done += ledger.rows_read
+            progress.update(done - progress.n)
+    return parts
+
+
+def prepare_file(folder: Path, file: Path, preparation: Preparation, progress: tqdm) -> None:
+    """Write the token rows of one file and their ledger, going on where a killed run has committed."""
+    if not (folder / STATE).exists():
+        shutil.rmtree(folder, ignore_errors=True)
+    text_encoder(preparation.tokenizer)  # made here, before several threads ask for it
+    writer = StoreWriter(folder, preparation.flags)
+    ledger = Ledger.from_dict(writer.state["ledger"]) if writer.state else Ledger(files=1)
+    num_batches = writer.state.get("num_batches", 0)
+    rows = iter(preparation.read(file))
+    batches = iter(lambda: list(islice(rows, BATCH_SIZE)), [])
+    committed = time.monotonic()
+    for token_rows, counts in map_ahead(preparation.encode, islice(batches, num_batches, None)):
+        flags = [row.trained for row in token_rows] if preparation.flags else None
+        writer.add([row.ids for row in token_rows], flags)
+        ledger.add(counts)
+        progress.update(counts.rows_read)
+        num_batches += 1
+        if time.monotonic() - committed > SECONDS_BETWEEN_COMMITS:
+            writer.commit(ledger=ledger.as_dict(), num_batches=num_batches)
+            committed = time.monotonic()
+    ledger.files_without_rows = int(not ledger.rows_read)
+    (folder / "ledger.json").write_text(json.dumps(ledger.as_dict(), indent=2), encoding="utf-8")
+    writer.close()
+
+
+def map_ahead(function: Callable, items: Iterable) -> Iterator:
+    """`map`, in order, on all cores; a few items are read ahead, so that memory stays small."""
+    num_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    waiting: deque[Future] = deque()
+    with ThreadPoolExecutor(num_workers) as pool:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 2 * num_workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()

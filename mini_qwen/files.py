@@ -1,0 +1,93 @@
+"""Data files: find them, say what is wrong with one, and look at their columns before anything expensive."""
+
+import gzip
+import io
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+KINDS = (".parquet", ".jsonl", ".json", ".csv", ".txt")
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+DAMAGE = (pa.ArrowException, OSError, EOFError, zlib.error, MemoryError)  # what libraries raise on damaged bytes
+
+
+@dataclass
+class DataKeys:
+    """Recipe keys of the data that every training stage has."""
+
+    train_files: list[str]  # files or folders; folders are searched for data files
+    max_drop_share: float = 0.05  # above this share of dropped rows the run stops
+    cache_dir: str = "cache"  # prepared token rows, 4 or 5 bytes a token; old folders in it may be removed
+
+
+def kind(file: Path) -> str:
+    """`.jsonl` for rows.jsonl, rows.jsonl.gz and rows.jsonl.zst."""
+    return Path(file.stem).suffix if file.suffix in COMPRESSIONS else file.suffix
+
+
+def find_files(paths: list[str]) -> list[Path]:
+    """All data files under the given files and folders, in a fixed order.
+
+    Raises SystemExit for a path that is missing, a folder without data files, and a file of another kind.
+    """
+    known = f"{', '.join(KINDS)}, each also as {' or '.join(COMPRESSIONS)}"
+    found: list[Path] = []
+    for name in paths:
+        path = Path(name)
+        if not path.exists():
+            raise SystemExit(
+                f"There is no data at '{name}'. Name a file or folder that exists: mini_data/ comes with the project, "
+                "'bash prepare.sh' fetches the big data into data/."
+            )
+        files = sorted(file for file in path.rglob("*") if kind(file) in KINDS) if path.is_dir() else [path]
+        if not files:
+            raise SystemExit(f"The folder '{name}' holds no data files ({known}).")
+        found += files
+    wrong = [file for file in found if kind(file) not in KINDS]
+    if wrong:
+        raise SystemExit(f"'{wrong[0]}' is not a data file: known are {known}.")
+    return list(dict.fromkeys(found))
+
+
+def open_bytes(file: Path) -> BinaryIO:
+    """The file's bytes, decompressed on the way."""
+    if file.suffix == ".gz":
+        return gzip.open(file, "rb")
+    if file.suffix == ".zst":
+        return io.BufferedReader(pa.input_stream(str(file), compression="zstd"))
+    return file.open("rb")
+
+
+def open_parquet(file: Path) -> pq.ParquetFile:
+    """Raises SystemExit for a file that is no parquet, saying what it is instead."""
+    try:
+        if file.suffix in COMPRESSIONS:
+            with open_bytes(file) as stream:
+                return pq.ParquetFile(pa.BufferReader(stream.read()))
+        return pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)  # pages as they come, not whole columns
+    except DAMAGE as error:
+        raise SystemExit(f"{file} cannot be read as parquet: it is {describe_damage(file)}. ({error})") from None
+
+
+def describe_damage(file: Path) -> str:
+    """What a file that cannot be read seems to be, and what to do."""
+    with file.open("rb") as stream:
+        head = stream.read(64)
+    if not head:
+        return "empty (0 bytes); fetch it again"
+    if head.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the data itself; 'git lfs pull' fetches that"
+    if head.lstrip().startswith(b"<"):
+        return "a web page, not data: the download failed; fetch it again"
+    return "broken or cut off; fetch it again"
+
+
+def count_rows(files: list[Path]) -> int | None:
+    """The number of rows where the files say so without being read (parquet), else None."""
+    if any(kind(file) != ".parquet" for file in files):
+        return None
+    return sum(open_parquet(file).metadata.num_rows for file in files)

@@ -1,0 +1,193 @@
+"""Mixtures: how much of each source is trained on, and when. A function of the seed, exact to the row."""
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from mini_qwen.blocks import Blocks, write_blocks
+from mini_qwen.cache import Part, build_once, hash_of, source_hash
+from mini_qwen.files import DataKeys, find_files
+from mini_qwen.ledger import Ledger
+from mini_qwen.packing import Packed, lengths_of
+from mini_qwen.store import TokenStore
+
+WINDOW = 1 << 20  # rows that are packed together; bounds the memory that packing takes
+
+# Recipe value of `train_files`: files and folders, each taken once; or how many times each is taken, such as 0.5 or 2;
+# or a list of such mixtures, trained on one after the other.
+Mixture = list[str] | dict[str, float] | list[dict[str, float]]
+Phase = dict[str, float]
+
+
+@dataclass
+class MixtureKeys(DataKeys):
+    """Recipe keys of data that may be mixed."""
+
+    train_files: Mixture
+    eval_rows: int = 0  # rows cut off first, by seed, for the loss on data never trained on
+
+
+def read_phases(train_files: Mixture) -> list[Phase]:
+    """The mixtures to train on, one after the other, each {path: how many times its rows are taken}."""
+    if isinstance(train_files, dict):
+        phases = [train_files]
+    elif all(isinstance(item, str) for item in train_files):
+        phases = [dict.fromkeys(train_files, 1.0)]
+    else:
+        phases = train_files
+    wrong = [(path, passes) for phase in phases for path, passes in phase.items() if not passes > 0]
+    if wrong or not all(phases):
+        path, passes = wrong[0] if wrong else ("", 0)
+        raise SystemExit(
+            f"train_files takes '{path}' {passes} times. Give each path a number above 0, or leave it out."
+        )
+    return phases
+
+
+def find_sources(phases: list[Phase]) -> dict[str, list[Path]]:
+    """The files of each path that the phases name. A file below two paths belongs to the first."""
+    sources: dict[str, list[Path]] = {}
+    seen: set[Path] = set()
+    for path in dict.fromkeys(path for phase in phases for path in phase):
+        sources[path] = [file for file in find_files([path]) if file not in seen]
+        seen.update(sources[path])
+    return sources
+
+
+def choose_held_out(num_rows: int, eval_rows: int, seed: int) -> np.ndarray:
+    """The rows to keep away from training, sorted: a function of the seed and the number of rows."""
+    if eval_rows and eval_rows >= num_rows:
+        raise SystemExit(f"eval_rows is {eval_rows:,}, but the data has only {num_rows:,} usable rows. Choose fewer.")
+    return np.array(sorted(random.Random(seed).sample(range(num_rows), eval_rows)), np.int64)
+
+
+def uniform(rows: np.ndarray, seed: int) -> np.ndarray:
+    """A number in [0, 1) for each row, a function of the row's number and the seed: SplitMix64.
+
+    Source: Steele, Lea, Flood, Fast splittable pseudorandom number generators, 2014.
+    """
+    start = (seed * 0xD1B54A32D192ED03 + 0x9E3779B97F4A7C15) % 2**64
+    state = rows.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(start)
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((state ^ (state >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
+
+
+def take(rows: np.ndarray, seed: int, before: float, passes: float) -> np.ndarray:
+    """The rows that are taken when a source is gone through `passes` times, after `before` times already.
+
+    Each row has its place in a pass, by the seed. So 0.9 of a source and then 0.1 of it share no row and together
+    are all of it; 2.5 are all rows twice, and half of them a third time.
+    """
+    place = uniform(rows, seed)
+    return np.repeat(rows, (np.floor(before + passes - place) - np.floor(before - place)).astype(np.int64))
+
+
+class Arrangement(NamedTuple):
+    """How prepared rows become blocks."""
+
+    phases: list[Phase]
+    eval_rows: int  # cut off from the rows of the paths in `held_out_of`
+    held_out_of: list[str]
+    packing: str  # the name of `pack`
+    pack: Callable[[np.ndarray, int], Packed]
+    block_size: int
+    isolate: bool
+    seed: int
+
+
+def arrange(
+    cache_dir: str, stage: str, sources: dict[str, list[Part]], plan: Arrangement
+) -> tuple[Blocks, Blocks | None, Ledger]:
+    """Training blocks, held-out blocks (None when eval_rows is 0), and the ledger of both; made once, like the rows.
+
+    Args:
+        sources: of each path, its prepared files; those that rows are held out of come first.
+    """
+    names = [part.folder.name for parts in sources.values() for part in parts]
+    key = hash_of([names, plan._replace(pack=None), source_hash()])
+
+    def build(folder: Path) -> None:
+        store = TokenStore([part.folder for parts in sources.values() for part in parts])
+        rows, first = {}, 0
+        for path, parts in sources.items():
+            rows[path] = range(first, first + sum(part.ledger.rows_kept for part in parts))
+            first = rows[path].stop
+        num_rows = sum(len(rows[path]) for path in plan.held_out_of)
+        held_out = choose_held_out(num_rows, plan.eval_rows, plan.seed)
+        ledger = Ledger()
+        for part in (part for parts in sources.values() for part in parts):
+            ledger.add(part.ledger)
+        count_taken(ledger, store, plan, rows, held_out)
+
+        def pack(spans: np.ndarray) -> Packed:
+            return plan.pack(spans, plan.block_size)
+
+        windows = phase_rows(plan.phases, rows, held_out, plan.seed)
+        train = write_blocks(
+            folder / "train", store, windows, pack, plan.block_size, plan.isolate, keep_rest=False, seed=plan.seed
+        )
+        ledger.add(train)
+        count_sources(ledger, Blocks(folder / "train"), rows)
+        if plan.eval_rows:
+            write_blocks(folder / "eval", store, [(0, held_out)], pack, plan.block_size, plan.isolate, keep_rest=True)
+        (folder / "ledger.json").write_text(json.dumps(ledger.as_dict(), indent=2), encoding="utf-8")
+
+    folder = build_once(Path(cache_dir) / f"{stage}-blocks-{key}", build)
+    ledger = Ledger.from_dict(json.loads((folder / "ledger.json").read_text(encoding="utf-8")))
+    return Blocks(folder / "train"), Blocks(folder / "eval") if plan.eval_rows else None, ledger
+
+
+def count_taken(
+    ledger: Ledger, store: TokenStore, plan: Arrangement, rows: dict[str, range], held_out: np.ndarray
+) -> None:
+    """Enter in the ledger which rows are held out, never taken, or taken more than once."""
+    ledger.rows_held_out += len(held_out)
+    ledger.tokens_held_out += int(lengths_of(store.spans(held_out)).sum())
+    for path, numbers in rows.items():
+        passes = round(sum(phase.get(path, 0.0) for phase in plan.phases), 9)
+        for window in windows_of(numbers, held_out):
+            times = np.floor(passes - uniform(window, plan.seed)).astype(np.int64) + 1
+            lengths = lengths_of(store.spans(window))
+            ledger.rows_unused += int((times == 0).sum())
+            ledger.tokens_unused += int(lengths[times == 0].sum())
+            ledger.tokens_repeated += int((lengths * np.maximum(times - 1, 0)).sum())
+    ledger.rows_kept -= ledger.rows_held_out + ledger.rows_unused
+
+
+def count_sources(ledger: Ledger, blocks: Blocks, rows: dict[str, range]) -> None:
+    """Enter in the ledger how many of the blocks' tokens come from each source."""
+    last_rows = np.array([numbers.stop - 1 for numbers in rows.values()])
+    for start in range(0, len(blocks.spans), WINDOW):
+        spans = np.asarray(blocks.spans[start : start + WINDOW])
+        owners = np.searchsorted(blocks.store.spans(last_rows)[:, 1], spans[:, 0], side="right")
+        totals = np.bincount(owners, lengths_of(spans), len(rows)).astype(np.int64)
+        ledger.tokens_by_source.update(dict(zip(rows, totals.tolist(), strict=True)))
+
+
+def windows_of(rows: range, held_out: np.ndarray) -> Iterator[np.ndarray]:
+    """The rows without the held-out ones, at most WINDOW at a time."""
+    for start in range(rows.start, rows.stop, WINDOW):
+        yield np.setdiff1d(np.arange(start, min(start + WINDOW, rows.stop)), held_out, assume_unique=True)
+
+
+def phase_rows(
+    phases: list[Phase], source_rows: dict[str, range], held_out: np.ndarray, seed: int
+) -> Iterator[tuple[int, np.ndarray]]:
+    """The rows of each phase in the store's order, window by window, each with the number of its phase.
+
+    Args:
+        source_rows: the numbers of each source's rows in the store.
+        held_out: rows never to be taken, sorted.
+    """
+    before = dict.fromkeys(source_rows, 0.0)
+    for number, phase in enumerate(phases):
+        for path, passes in phase.items():
+            for window in windows_of(source_rows[path], held_out):
+                yield number, take(window, seed, before[path], passes)
+            before[path] = round(before[path] + passes, 9)

@@ -1,0 +1,195 @@
+"""Schemas: the forms in which people keep conversations and pairs, read as turns."""
+
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from mini_qwen.rows import Fields, Row
+
+ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "system": "system",
+}
+TOOL_ROLES = ("tool", "function", "function_call", "tool_call", "observation", "ipython")
+Turn = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
+
+# A file of conversations has all columns of one of these; the others are read where they are there.
+CONVERSATIONS = [["conversations"], ["messages"], ["prompt", "completion"], ["instruction", "output"]]
+CONVERSATION_COLUMNS = [*sum(CONVERSATIONS, []), "input", "history", "system", "tools"]
+PAIRS = [["chosen", "rejected"], ["prompt", "completion", "label"], ["messages", "label"]]
+PAIR_COLUMNS = ["prompt", "conversations", "instruction", "input", "history", "system", "tools"]
+PAIR_COLUMNS += ["chosen", "rejected", "completion", "messages", "label"]
+
+
+class BadRow(Exception):
+    """A row that cannot be trained on and is dropped under this reason."""
+
+
+def read_text(content: Any) -> str:
+    """The text of a turn: a string, or a list of parts `{"type": "text", "text" or "value": str}`.
+
+    Raises BadRow for text that is missing or blank or that no UTF-8 can hold, and for parts of another type.
+    """
+    if isinstance(content, list):
+        parts = [part if isinstance(part, dict) else {} for part in content]
+        if any(part.get("type") != "text" for part in parts):
+            raise BadRow("a turn with parts that are not text")
+        content = "".join(str(part.get("text", part.get("value"))) for part in parts)
+    if not isinstance(content, str) or not content.strip():
+        raise BadRow("empty turn")
+    check_unicode(content)
+    return content
+
+
+def check_unicode(text: str) -> None:
+    """Raises BadRow for half a character pair (a lone surrogate), which JSON can spell and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise BadRow("not valid Unicode") from None
+
+
+def read_turns(value: Any, place: str) -> list[Turn]:
+    """Turns in either spelling, `from`/`value` or `role`/`content`, as `role`/`content` with known roles.
+
+    Raises:
+        SystemExit: an unknown role: data of another kind must not be trained on by mistake.
+        BadRow: no list, no turns, turns of tools, text that is missing or blank.
+    """
+    if isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list) or not value:
+        raise BadRow("no turns")
+    turns = []
+    for turn in value:
+        if not isinstance(turn, dict):
+            raise BadRow("malformed turn")
+        role = turn.get("from") or turn.get("role")
+        content = turn.get("value") if turn.get("value") is not None else turn.get("content")
+        if role in TOOL_ROLES or turn.get("tool_calls"):
+            raise BadRow("turns of tools")
+        if role not in ROLES:
+            raise SystemExit(
+                f"{place}: unknown role {role!r}. Known roles are {', '.join(ROLES)}; map or remove this turn first."
+            )
+        if ROLES[role] != "system" or content not in (None, ""):  # no system turn may be written as an empty one
+            turns.append({"role": ROLES[role], "content": read_text(content)})
+    if not turns:
+        raise BadRow("no turns")
+    return turns
+
+
+def as_turns(value: Any, role: str, place: str) -> list[Turn]:
+    """A text as one turn of `role`, turns as they are."""
+    return read_turns(value if isinstance(value, list | dict) else [{"role": role, "content": value}], place)
+
+
+def read_instruction(values: Fields) -> list[Any]:
+    """The alpaca columns as raw turns: `system`, `history` (pairs of question and answer), `instruction` + `input`."""
+    earlier = values.get("history") or []
+    if not isinstance(earlier, list) or any(not isinstance(pair, list | tuple) or len(pair) != 2 for pair in earlier):
+        raise BadRow("malformed history")
+    question = [values.get("instruction"), values.get("input")]
+    turns = [
+        turn
+        for asked, answered in earlier
+        for turn in ({"role": "user", "content": asked}, {"role": "assistant", "content": answered})
+    ]
+    return [
+        *turns,
+        {"role": "user", "content": "\n".join(text for text in question if isinstance(text, str) and text)},
+    ]
+
+
+def read_prompt(values: Fields, place: str) -> list[Turn]:
+    """The turns before an answer, in whichever columns they are; none where there are none."""
+    prompt = values.get("prompt")
+    if prompt is None:
+        prompt = values.get("conversations") or values.get("messages")
+    if prompt is None and values.get("instruction") is not None:
+        prompt = read_instruction(values)
+    return as_turns(prompt, "user", place) if prompt else []
+
+
+def with_system(turns: list[Turn], values: Fields) -> list[Turn]:
+    """With the `system` column as first turn, where the turns have none."""
+    system = values.get("system")
+    if not isinstance(system, str) or not system.strip() or (turns and turns[0]["role"] == "system"):
+        return turns
+    return [{"role": "system", "content": read_text(system)}, *turns]
+
+
+def read_conversation(values: Fields, place: str) -> list[Turn]:
+    """The turns of a row, as they come. Raises BadRow and SystemExit as `read_turns` does."""
+    if values.get("tools"):
+        raise BadRow("turns of tools")
+    turns = read_prompt(values, place)
+    for answer in ("completion", "output"):
+        if answer in values:
+            turns = turns + as_turns(values[answer], "assistant", place)
+    if not turns:
+        raise BadRow("no turns")
+    return with_system(turns, values)
+
+
+def check_order(turns: list[Turn]) -> None:
+    """Raises BadRow unless the turns are (system), user, assistant, user, assistant ..., and the last an answer."""
+    spoken = [turn["role"] for turn in turns if turn["role"] != "system"]
+    if not spoken or spoken[-1] != "assistant":
+        raise BadRow("no answer")
+    if spoken != ["user", "assistant"] * (len(spoken) // 2) or any(turn["role"] == "system" for turn in turns[1:]):
+        raise BadRow("turns out of order")
+
+
+def read_pair(values: Fields, place: str) -> tuple[list[Turn], str, str]:
+    """Prompt turns, chosen answer, rejected answer. The prompt stands in columns of its own, in both sides, or both.
+
+    Raises BadRow: an answer is missing or empty, both are the same, the sides have different prompts, or the prompt
+    is none.
+    """
+    if values.get("tools"):
+        raise BadRow("turns of tools")
+    chosen, rejected = (as_turns(values.get(side), "assistant", place) for side in ("chosen", "rejected"))
+    if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
+        raise BadRow("last turn is not an answer")
+    if chosen[:-1] != rejected[:-1]:
+        raise BadRow("different prompts in chosen and rejected")
+    if chosen[-1] == rejected[-1]:
+        raise BadRow("chosen equals rejected")
+    turns = with_system(chosen[:-1] or read_prompt(values, place), values)
+    if not turns or turns[-1]["role"] != "user":
+        raise BadRow("prompt does not end with a question")
+    check_order([*turns, chosen[-1]])
+    return turns, chosen[-1]["content"], rejected[-1]["content"]
+
+
+def join_rated(rows: Iterable[Row]) -> Iterator[Row]:
+    """Make pairs of rated answers, `label` true or false, to one prompt (the form of KTO); other rows pass unchanged.
+
+    An answer waits in memory for one of the other label; those for which none comes are passed on at the end, with
+    that fault.
+    """
+    waiting: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.fault or not isinstance(row.values.get("label"), bool):
+            yield row
+            continue
+        prompt, answer = row.values.get("prompt"), row.values.get("completion")
+        if answer is None and isinstance(row.values.get("messages"), list):
+            prompt, answer = row.values["messages"][:-1], row.values["messages"][-1:]
+        row = row._replace(values={**row.values, "messages": None, "prompt": prompt, "completion": answer})
+        same = waiting.setdefault(json.dumps([prompt, row.values.get("system")], sort_keys=True, default=str), [])
+        if not same or same[0].values["label"] == row.values["label"]:
+            same.append(row)
+            continue
+        other = same.pop(0)
+        chosen, rejected = (row, other) if row.values["label"] else (other, row)
+        sides = {"chosen": chosen.values["completion"], "rejected": rejected.values["completion"]}
+        yield row._replace(values={"joined": True, "prompt": prompt, "system": row.values.get("system"), **sides})
+    for row in (row for same in waiting.values() for row in same):
+        yield row._replace(fault="no answer of the other label")
