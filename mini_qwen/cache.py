@@ -21,13 +21,14 @@ from mini_qwen.chat import TokenRow
 from mini_qwen.encoding import text_encoder
 from mini_qwen.files import count_rows
 from mini_qwen.ledger import Ledger
-from mini_qwen.rows import Row
+from mini_qwen.rows import Row, check_columns
 from mini_qwen.store import STATE, StoreWriter
 
 # What decides the tokens of a row, beside the tokenizer, the template and the recipe.
 ROW_MODULES = ("cache", "chat", "conversations", "documents", "encoding", "files", "ledger", "packing")
 ROW_MODULES += ("preferences", "rows", "schemas", "store")
 BATCH_SIZE = 200  # rows
+ROWS_TRIED = 20  # of every file, before the first one is prepared
 SECONDS_BETWEEN_COMMITS = 10.0
 
 
@@ -46,6 +47,7 @@ class Preparation(NamedTuple):
     """How a stage makes token rows: pure functions, rows in, token rows and counts out."""
 
     stage: str
+    choices: list[list[str]]  # every file has all columns of one of these
     read: Callable[[Path], Iterable[Row]]
     encode: Callable[[list[Row]], tuple[list[TokenRow], Ledger]]
     flags: bool  # whether some tokens of a row are not to be learnt
@@ -91,6 +93,7 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
 
 def prepare_parts(cache_dir: str, sources: dict[str, list[Path]], preparation: Preparation) -> dict[str, list[Part]]:
     """The prepared rows of each file of each source. Only what no earlier run has left is made."""
+    check_columns(sources, preparation.choices)
     tokenizer = preparation.tokenizer
     common = {
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
@@ -98,20 +101,25 @@ def prepare_parts(cache_dir: str, sources: dict[str, list[Path]], preparation: P
         "settings": preparation.settings,
         "source": source_hash(),
     }
-    parts: dict[str, list[Part]] = {source: [] for source in sources}
+    files = [file for found in sources.values() for file in found]
+    folders = {}
+    for file in files:
+        state = file.stat()
+        key = hash_of(common | {"file": (str(file.resolve()), state.st_size, state.st_mtime_ns)})
+        folders[file] = Path(cache_dir) / f"{preparation.stage}-{key}"
+    for file in files:  # what is wrong with the beginning of the last file is said now, not hours later
+        if not folders[file].exists():
+            preparation.encode(list(islice(preparation.read(file), ROWS_TRIED)))
+    parts = {}
     done = 0
-    num_rows = count_rows([file for files in sources.values() for file in files])
-    with tqdm(total=num_rows, desc="tokenising", unit="rows", delay=1) as progress:
-        for source, file in ((source, file) for source, files in sources.items() for file in files):
-            state = file.stat()
-            key = hash_of(common | {"file": (str(file.resolve()), state.st_size, state.st_mtime_ns)})
-            folder = Path(cache_dir) / f"{preparation.stage}-{key}"
-            build_once(folder, partial(prepare_file, file=file, preparation=preparation, progress=progress))
-            ledger = Ledger.from_dict(json.loads((folder / "ledger.json").read_text(encoding="utf-8")))
-            parts[source].append(Part(folder, ledger))
+    with tqdm(total=count_rows(files), desc="tokenising", unit="rows", delay=1) as progress:
+        for file in files:
+            build_once(folders[file], partial(prepare_file, file=file, preparation=preparation, progress=progress))
+            ledger = Ledger.from_dict(json.loads((folders[file] / "ledger.json").read_text(encoding="utf-8")))
+            parts[file] = Part(folders[file], ledger)
             done += ledger.rows_read
             progress.update(done - progress.n)
-    return parts
+    return {source: [parts[file] for file in found] for source, found in sources.items()}
 
 
 def prepare_file(folder: Path, file: Path, preparation: Preparation, progress: tqdm) -> None:

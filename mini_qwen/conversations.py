@@ -2,21 +2,20 @@
 
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from mini_qwen import documents
 from mini_qwen.blocks import Blocks
 from mini_qwen.cache import Part, Preparation, prepare_parts
 from mini_qwen.chat import TokenRow, encode_chat
+from mini_qwen.documents import document_preparation
 from mini_qwen.encoding import encode_text, spells_control_token
 from mini_qwen.ledger import Ledger
 from mini_qwen.mixture import Arrangement, MixtureKeys, Phase, arrange, find_sources, read_phases
 from mini_qwen.packing import fit, one_each
-from mini_qwen.rows import Row, check_columns, read_rows
+from mini_qwen.rows import Row, read_rows
 from mini_qwen.schemas import CONVERSATION_COLUMNS, CONVERSATIONS, BadRow, Turn, check_order, read_conversation
 
 MIN_PROMPT = 16  # tokens of a question that must be left when its middle is cut out
@@ -130,21 +129,19 @@ def encode_conversations(
     return token_rows, ledger
 
 
-def prepare_files(
-    data: ConversationData, sources: dict[str, list[Path]], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> dict[str, list[Part]]:
-    """The token rows of the files of each source."""
-    check_columns(sources, CONVERSATIONS)
-    settings = {"max_length": max_length, "long_answers": data.long_answers}
-    preparation = Preparation(
+def conversation_preparation(
+    data: ConversationData, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Preparation:
+    """How conversations become token rows."""
+    return Preparation(
         stage="sft",
+        choices=CONVERSATIONS,
         read=lambda file: read_rows([file], CONVERSATION_COLUMNS),
         encode=partial(encode_conversations, tokenizer, max_length, data.long_answers),
         flags=True,
         tokenizer=tokenizer,
-        settings=settings,
+        settings={"max_length": max_length, "long_answers": data.long_answers},
     )
-    return prepare_parts(data.cache_dir, sources, preparation)
 
 
 def add_replay(
@@ -155,7 +152,7 @@ def add_replay(
         raise SystemExit(f"replay_share is {data.replay_share}; it is a share of all tokens, above 0 and below 1.")
     tokens = {path: sum(part.num_tokens for part in parts) for path, parts in sources.items()}
     files = find_sources([dict.fromkeys(data.replay_files, 1.0)])
-    sources |= documents.prepare_files(data.cache_dir, files, tokenizer)
+    sources |= prepare_parts(data.cache_dir, files, document_preparation(tokenizer))
     available = sum(part.num_tokens for path in files for part in sources[path])
     mixed = []
     for phase in phases:
@@ -170,7 +167,9 @@ def prepare_conversations(
 ) -> tuple[Blocks, Blocks | None, Ledger]:
     """Training blocks of at most `max_length` tokens, held-out blocks (None when eval_rows is 0), and the ledger."""
     phases = read_phases(data.train_files)
-    prepared = prepare_files(data, find_sources(phases), tokenizer, max_length)
+    prepared = prepare_parts(
+        data.cache_dir, find_sources(phases), conversation_preparation(data, tokenizer, max_length)
+    )
     held_out_of = list(prepared)
     if data.replay_files:
         phases = add_replay(data, phases, prepared, tokenizer)

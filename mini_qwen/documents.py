@@ -4,20 +4,19 @@ import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from mini_qwen.blocks import Blocks
-from mini_qwen.cache import Part, Preparation, prepare_parts
+from mini_qwen.cache import Preparation, prepare_parts
 from mini_qwen.chat import TokenRow
 from mini_qwen.encoding import encode_text, spells_control_token
 from mini_qwen.ledger import Ledger
 from mini_qwen.mixture import Arrangement, MixtureKeys, arrange, find_sources, read_phases
 from mini_qwen.packing import cut, fit
-from mini_qwen.rows import Row, check_columns, read_rows
+from mini_qwen.rows import Row, read_rows
 from mini_qwen.schemas import BadRow, check_unicode
 
 COLUMNS = ["text"]
@@ -107,20 +106,17 @@ def encode_documents(tokenizer: PreTrainedTokenizerBase, rows: list[Row]) -> tup
     return token_rows, ledger
 
 
-def prepare_files(
-    cache_dir: str, sources: dict[str, list[Path]], tokenizer: PreTrainedTokenizerBase
-) -> dict[str, list[Part]]:
-    """The token rows of the files of each source; the same for every recipe with this tokenizer."""
-    check_columns(sources, [COLUMNS])
-    preparation = Preparation(
+def document_preparation(tokenizer: PreTrainedTokenizerBase) -> Preparation:
+    """How documents become token rows; the same for every recipe with this tokenizer."""
+    return Preparation(
         stage="pt",
+        choices=[COLUMNS],
         read=lambda file: read_rows([file], COLUMNS),
         encode=partial(encode_documents, tokenizer),
         flags=False,
         tokenizer=tokenizer,
         settings={},
     )
-    return prepare_parts(cache_dir, sources, preparation)
 
 
 def prepare_documents(
@@ -133,7 +129,7 @@ def prepare_documents(
     Raises SystemExit when all documents together are shorter than one block.
     """
     phases = read_phases(data.train_files)
-    prepared = prepare_files(data.cache_dir, find_sources(phases), tokenizer)
+    prepared = prepare_parts(data.cache_dir, find_sources(phases), document_preparation(tokenizer))
     plan = Arrangement(
         phases=phases,
         eval_rows=data.eval_rows,

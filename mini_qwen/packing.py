@@ -64,9 +64,10 @@ def fit(spans: np.ndarray, size: int, fill: bool) -> Packed:
     that is left in blocks is filled with pieces of those whole blocks, as long as there are any, so that nearly all
     blocks have exactly `size` tokens.
     """
-    parts = one_each(spans, size).spans
+    is_long = lengths_of(spans) > size
+    parts = one_each(spans[is_long], size).spans
     is_whole = lengths_of(parts) == size
-    whole, rests = parts[is_whole], parts[~is_whole]
+    whole, rests = parts[is_whole], np.concatenate([spans[~is_long], parts[~is_whole]])
     bin_of = best_fit(lengths_of(rests), size)
     num_bins = int(bin_of.max(initial=-1)) + 1
     room = size - np.bincount(bin_of, lengths_of(rests), num_bins).astype(np.int64)

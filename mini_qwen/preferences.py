@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset
+from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 from trl import DPOTrainer
 
@@ -19,7 +20,8 @@ from mini_qwen.encoding import encode_text, spells_control_token
 from mini_qwen.files import DataKeys
 from mini_qwen.ledger import Ledger
 from mini_qwen.mixture import find_sources, read_phases
-from mini_qwen.rows import Row, check_columns, read_rows
+from mini_qwen.rows import Row, read_rows
+from mini_qwen.sampler import ByLength
 from mini_qwen.schemas import PAIR_COLUMNS, PAIRS, BadRow, join_rated, read_pair
 from mini_qwen.store import TokenStore
 
@@ -93,6 +95,19 @@ def encode_preferences(
     return [TokenRow(ids) for pair in pairs for ids in pair], ledger
 
 
+def pair_preparation(tokenizer: PreTrainedTokenizerBase, max_length: int) -> Preparation:
+    """How pairs become token rows."""
+    return Preparation(
+        stage="dpo",
+        choices=PAIRS,
+        read=lambda file: join_rated(read_rows([file], PAIR_COLUMNS)),
+        encode=partial(encode_preferences, tokenizer, max_length),
+        flags=False,
+        tokenizer=tokenizer,
+        settings={"max_length": max_length},
+    )
+
+
 def prepare_preferences(
     data: PreferenceData, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> tuple[Dataset, Dataset | None, Ledger]:
@@ -110,16 +125,7 @@ def prepare_pairs(
     data: PreferenceData, paths: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> tuple[Dataset, Ledger]:
     sources = find_sources(read_phases(paths))
-    check_columns(sources, PAIRS)
-    preparation = Preparation(
-        stage="dpo",
-        read=lambda file: join_rated(read_rows([file], PAIR_COLUMNS)),
-        encode=partial(encode_preferences, tokenizer, max_length),
-        flags=False,
-        tokenizer=tokenizer,
-        settings={"max_length": max_length},
-    )
-    prepared = prepare_parts(data.cache_dir, sources, preparation)
+    prepared = prepare_parts(data.cache_dir, sources, pair_preparation(tokenizer, max_length))
     parts = [part for found in prepared.values() for part in found]
     ledger = Ledger()
     for part in parts:
@@ -155,3 +161,14 @@ class PreparedDPOTrainer(DPOTrainer):
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
         return dataset
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        """With train_sampling_strategy group_by_length, an order by seed that is the same in all processes.
+
+        The order that transformers takes then depends on the state of torch's generator in each process.
+        """
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        batch_size = self.args.train_batch_size * self.args.world_size
+        return ByLength(list(rows["length"]), batch_size, self.args.data_seed)

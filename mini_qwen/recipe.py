@@ -73,13 +73,13 @@ def read_overrides(argv: list[str]) -> dict[str, Words]:
 def read_words(hint: Any, words: Words) -> Any:
     """The value that the words stand for: text stays as typed where the key is text, all else is read as YAML.
 
-    No word means true, several make a list, as does one written like a YAML list; `null` is nothing for every key.
+    No word means true, several make a list, one may be a YAML list or mapping; `null` is nothing for every key.
     """
     choices = hint_choices(hint)
     is_text = str in choices or any(typing.get_args(part) == (str,) for part in choices)
     keep = is_text and bool not in choices and words != ["null"]
     parsed = list(words) if keep else [parse_scalar(word) for word in words]
-    if keep and len(words) == 1 and words[0].startswith("[") and isinstance(parse_scalar(words[0]), list):
+    if keep and len(words) == 1 and words[0][:1] in ("[", "{") and isinstance(parse_scalar(words[0]), list | dict):
         parsed = [parse_scalar(words[0])]
     return True if not parsed else parsed[0] if len(parsed) == 1 else parsed
 
@@ -134,7 +134,7 @@ def check_type(cls: type, key: str, value: Any, place: str) -> Any:
         value = "no"  # what YAML reads an unquoted `no` as, the name of a strategy here
     if isinstance(value, bool) and not accepts_bool(hint):
         raise SystemExit(f"Recipe key '{key}' is {value!r} {place}, but must be {describe(hint)}.")
-    if isinstance(value, (str, int, float)) and all(typing.get_origin(part) in (list, None) for part in choices):
+    if isinstance(value, (str, int, float)) and all(typing.get_origin(part) in (list, dict, None) for part in choices):
         wants_list = any(typing.get_origin(part) is list for part in choices) and type(value) not in choices
         value = [value] if wants_list else value
     try:

@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from mini_qwen.curves import plot_curves
 from mini_qwen.ledger import Ledger
+from mini_qwen.mixture import MixtureKeys, read_phases
 
 PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "deepspeed", "tokenizers")
 
@@ -49,6 +50,13 @@ def begin(training_args: TrainingArguments, *recipe: Any) -> None:
         raise SystemExit(
             f"{training_args.output_dir} holds {checkpoints[-1].name} of an earlier run. Pass "
             "--resume_from_checkpoint true to continue that run, or another --output_dir, or remove the folder."
+        )
+    ordered = training_args.train_sampling_strategy == "sequential" and training_args.num_train_epochs == 1
+    if isinstance(recipe[0], MixtureKeys) and len(read_phases(recipe[0].train_files)) > 1 and not ordered:
+        raise SystemExit(
+            "train_files lists several mixtures, to be trained on one after the other. That needs "
+            "train_sampling_strategy: sequential and num_train_epochs: 1 in the recipe; blocks are shuffled within "
+            "each mixture, and a mixture may take its files more than once."
         )
     set_seed(training_args.seed)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

@@ -98,5 +98,10 @@ class AnswerConfig(StageKeys, SFTConfig):
 class PreferenceConfig(StageKeys, DPOConfig):
     """Direct preference optimisation: the keys of TRL's DPOConfig and ours."""
 
+    decided: ClassVar[dict[str, str]] = StageKeys.decided | dict.fromkeys(
+        ("dataset_num_proc", "padding_free", "pad_token", "pad_to_multiple_of", "truncation_mode"),
+        "nothing: pairs are prepared by mini_qwen.preferences, see docs/data.md",
+    )
     gradient_checkpointing: bool | None = None
+    train_sampling_strategy: str = "group_by_length"  # batches of pairs of like length, see mini_qwen/sampler.py
     precompute_ref_log_probs: bool = True  # one pass before training, so that no second model is held

@@ -1,0 +1,163 @@
+"""Say what a recipe's data is, before anything is trained on it: what is dropped and why, how long the rows are, which
+occur twice, in what languages, and three rows as the model will see them.
+
+    python utils/check_data.py recipes/sft.yaml
+    python utils/check_data.py recipes/pt.yaml --rows 100000 --train_files data/my_documents
+    python utils/check_data.py my_recipe.yaml --stage dpo --tokenizer models/Qwen2.5-0.5B-Instruct
+
+Reads the first rows of every file, as the stage would, and writes nothing. Further --key value pairs override the
+recipe. The exit status is 1 when the stage would stop.
+"""
+
+import argparse
+import re
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mini_qwen.cache import BATCH_SIZE, Preparation
+from mini_qwen.chat import TokenRow
+from mini_qwen.conversations import ConversationData, conversation_preparation
+from mini_qwen.documents import DocumentData, document_preparation
+from mini_qwen.encoding import encode_text, text_encoder
+from mini_qwen.inspection import count_control_text, find_duplicates, language_shares, length_histogram
+from mini_qwen.ledger import Ledger
+from mini_qwen.mixture import find_sources, read_phases
+from mini_qwen.model import NewModel, TrainedModel
+from mini_qwen.preferences import PreferenceData, pair_preparation
+from mini_qwen.preview import mark_trained
+from mini_qwen.recipe import parse_recipe
+from mini_qwen.rows import Row, check_columns
+from mini_qwen.tokenizer import load_tokenizer
+from mini_qwen.training import AnswerConfig, PreferenceConfig, PTConfig
+
+STAGES = {
+    "pt": (DocumentData, PTConfig, NewModel),
+    "sft": (ConversationData, AnswerConfig, TrainedModel),
+    "dpo": (PreferenceData, PreferenceConfig, TrainedModel),
+}
+SAMPLE_ROWS, SAMPLE_TOKENS = 3, 150
+
+
+def find_stage(recipe: str, stage: str | None) -> str:
+    """The stage, or the one that the recipe's name has as a word: `pt_fast.yaml` is of pt."""
+    named = [word for word in re.split(r"[^a-z]+", Path(recipe).stem) if word in STAGES]
+    if stage is None and len(named) != 1:
+        raise SystemExit(f"{recipe} does not say in its name which stage it is for. Add --stage {', '.join(STAGES)}.")
+    return stage or named[0]
+
+
+def make_preparation(stage: str, data: Any, max_length: int, tokenizer: Any) -> Preparation:
+    if stage == "pt":
+        return document_preparation(tokenizer)
+    if stage == "sft":
+        return conversation_preparation(data, tokenizer, max_length)
+    return pair_preparation(tokenizer, max_length)
+
+
+def read_some(files: list[Path], preparation: Preparation, num_rows: int) -> Iterator[Row]:
+    """The first rows of each file, `num_rows` in all."""
+    for number, file in enumerate(files):
+        share = num_rows * (number + 1) // len(files) - num_rows * number // len(files)
+        yield from islice(preparation.read(file), share)
+
+
+def all_text(value: Any) -> str:
+    """Every text of a row that is no name of a role, in its order."""
+    if isinstance(value, dict):
+        return "\n".join(filter(None, (all_text(part) for key, part in value.items() if key not in ("from", "role"))))
+    if isinstance(value, list):
+        return "\n".join(filter(None, map(all_text, value)))
+    return value if isinstance(value, str) else ""
+
+
+def print_row(tokenizer: Any, row: TokenRow, number: int) -> None:
+    ids = row.ids[:SAMPLE_TOKENS].tolist()
+    trained = np.ones(len(ids), bool) if row.trained is None else row.trained[:SAMPLE_TOKENS]
+    more = f" ... {len(row.ids) - len(ids):,} more tokens" if len(row.ids) > len(ids) else ""
+    print(f"\nsample {number}, {len(row.ids):,} tokens, trained ⟦so⟧:")
+    print(mark_trained(tokenizer, ids, trained.tolist()) + more)
+
+
+def as_samples(stage: str, token_rows: list[TokenRow]) -> list[TokenRow]:
+    """Of a pair, which is three rows, the prompt and the chosen answer as one."""
+    if stage != "dpo":
+        return token_rows
+    pairs = zip(token_rows[::3], token_rows[1::3], strict=True)
+    return [
+        TokenRow(
+            np.concatenate([prompt.ids, chosen.ids]), np.arange(len(prompt.ids) + len(chosen.ids)) >= len(prompt.ids)
+        )
+        for prompt, chosen in pairs
+    ]
+
+
+def read_sample(
+    files: list[Path], preparation: Preparation, num_rows: int
+) -> tuple[Ledger, list[TokenRow], list[str]]:
+    """What became of the rows, their token rows, and the texts of all that could be read."""
+    ledger, token_rows, texts = Ledger(files=len(files)), [], []
+    rows = read_some(files, preparation, num_rows)
+    while batch := list(islice(rows, BATCH_SIZE)):
+        encoded, counts = preparation.encode(batch)
+        token_rows += encoded
+        ledger.add(counts)
+        texts += [all_text(row.values) for row in batch if row.fault is None]
+    return ledger, token_rows, texts
+
+
+def print_texts(texts: list[str], tokenizer: Any) -> None:
+    """What the texts repeat, which languages they are in, and whether they spell control tokens."""
+    found = find_duplicates(texts, encode_text(tokenizer, texts))
+    print(f"\ntwice:  {found.num_exact:,} rows equal an earlier one, {found.num_near:,} nearly do (MinHash, 0.8)")
+    for kind, pairs in (("equal", found.exact_pairs), ("near", found.near_pairs)):
+        for earlier, later in pairs[:SAMPLE_ROWS]:
+            print(f"        {kind}, {earlier:,} and {later:,} of the rows read: {texts[later][:60]!r}")
+    shares = ", ".join(f"{language} {share:.1%}" for language, share in language_shares(texts).items())
+    print(f"speak:  {shares}")
+    spelt = count_control_text(texts, text_encoder(tokenizer).control_tokens)
+    print(
+        f"spell:  {spelt.control_tokens:,} rows a control token, {spelt.other_templates:,} marks of other templates; "
+        "both are trained on as ordinary characters"
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe")
+    parser.add_argument("--rows", type=int, default=20_000, help="rows to look at (default: 20,000)")
+    parser.add_argument("--stage", choices=list(STAGES), help="default: from the recipe's name")
+    parser.add_argument("--tokenizer", help="default: the recipe's")
+    args, overrides = parser.parse_known_args(argv)
+    stage = find_stage(args.recipe, args.stage)
+    words = ["--config", args.recipe, "--prepare_only", "true", *overrides]
+    data, training, model = parse_recipe(*STAGES[stage], argv=words, default=args.recipe)
+    tokenizer = load_tokenizer(args.tokenizer or getattr(model, "tokenizer" if stage == "pt" else "checkpoint"))
+    max_length = data.block_size if stage == "pt" else training.max_length
+    preparation = make_preparation(stage, data, max_length, tokenizer)
+
+    sources = find_sources(read_phases(data.train_files))
+    check_columns(sources, preparation.choices)
+    files = [file for found in sources.values() for file in found]
+    ledger, token_rows, texts = read_sample(files, preparation, args.rows)
+
+    print(f"{args.recipe}, stage {stage}: the first {ledger.rows_read:,} rows of {len(files):,} files")
+    print(f"rows:   {ledger.rows_kept:,} kept, {ledger.rows_shortened:,} of them shortened to {max_length:,} tokens")
+    for reason, count in ledger.rows_dropped.most_common():
+        print(f"        {count:,} dropped: {reason} (first: {ledger.first_places[reason]})")
+    samples = as_samples(stage, token_rows)
+    print("\n" + length_histogram([len(row.ids) for row in samples], max_length))
+    print_texts(texts, tokenizer)
+    for number, row in enumerate(samples[:SAMPLE_ROWS]):
+        print_row(tokenizer, row, number)
+    share = ledger.rows_dropped.total() / max(ledger.rows_read, 1)
+    if not token_rows or share > data.max_drop_share:
+        allowed = f"max_drop_share is {data.max_drop_share:.0%}"
+        raise SystemExit(f"\nThe stage would stop: {share:.1%} of these rows are dropped, {allowed}.")
+
+
+if __name__ == "__main__":
+    main()
