@@ -11,7 +11,6 @@ One more round before those is for the memory. Writes bench/results/data.json, o
 import argparse
 import json
 import os
-import platform
 import sys
 import tempfile
 import time
@@ -27,18 +26,11 @@ from transformers.utils import logging
 
 from bench.conversations import compare_conversations
 from bench.documents import compare_documents
-from bench.measurement import Facts
+from bench.measurement import Facts, processor
 from bench.padding import measure_padding
 from mini_qwen.run import circumstances
 
 RESULTS = Path(__file__).parent / "results"
-
-
-def processor() -> str:
-    """The model's name, where Linux tells it."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def in_words(value: Any) -> str:

@@ -8,6 +8,7 @@ at any time, do not count.
 import contextlib
 import multiprocessing
 import os
+import platform
 import shutil
 import statistics
 import time
@@ -119,3 +120,10 @@ def memory_mb(process: psutil.Process) -> float:
 
 def folder_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def processor() -> str:
+    """The model's name, where Linux tells it."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

@@ -55,18 +55,19 @@ class Blocks(torch.utils.data.Dataset):
             raise IndexError(index)
         first, count = self.table[index].tolist()
         spans = self.spans[first : first + count].tolist()
-        pieces = [self.store.read(start, end) for start, end in spans]
-        ids = np.concatenate([ids for ids, _ in pieces]).astype(np.int64)
-        positions = np.arange(len(ids))
-        labels = ids.copy()
-        at = 0
-        for (start, end), (_, trained) in zip(spans, pieces, strict=True):
+        size = sum(end - start for start, end in spans)
+        ids, positions, labels = np.empty(size, np.int64), np.arange(size), np.empty(size, np.int64)
+        low = 0
+        for start, end in spans:
+            high = low + end - start
+            piece, trained = self.store.read(start, end)
+            ids[low:high] = labels[low:high] = piece
             if trained is not None:
-                labels[at : at + end - start][trained == 0] = IGNORED
+                labels[low:high][trained == 0] = IGNORED
             if self.isolate:
-                positions[at : at + end - start] -= at
-                labels[at] = IGNORED
-            at += end - start
+                positions[low:high] -= low
+                labels[low] = IGNORED
+            low = high
         labels[0] = IGNORED
         return {"input_ids": ids, "position_ids": positions, "labels": labels}
 
@@ -99,15 +100,14 @@ def write_blocks(
     """
     ledger = Ledger()
     rest, phase_sizes, num_spans = NO_SPANS, {}, 0
-    table: list[np.ndarray] = []
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "spans").open("wb") as spans_file:
+    with (folder / "spans").open("wb") as spans_file, (folder / "table").open("wb") as table_file:
 
         def write(phase: int, packed: Packed) -> None:
             nonlocal num_spans
             spans_file.write(packed.spans.tobytes())
             firsts = num_spans + np.cumsum(packed.num_spans) - packed.num_spans
-            table.append(np.stack([firsts, packed.num_spans], axis=1))
+            table_file.write(np.stack([firsts, packed.num_spans], axis=1).tobytes())
             phase_sizes[phase] = phase_sizes.get(phase, 0) + len(firsts)
             num_spans += len(packed.spans)
             count_blocks(ledger, store, packed, block_size, isolate)
@@ -123,12 +123,12 @@ def write_blocks(
         elif num_left:
             ledger.tokens_dropped[TAIL] += num_left
 
-    rows = np.concatenate([np.empty((0, 2), np.int64), *table])
-    if len(phase_sizes) > 1:
-        ends = np.cumsum([phase_sizes[number] for number in sorted(phase_sizes)])
+    if len(phase_sizes) > 1 and num_spans:
+        table = np.memmap(folder / "table", np.int64, mode="r+").reshape(-1, 2)
         generator = np.random.default_rng(seed)
-        rows = np.concatenate([generator.permutation(part) for part in np.split(rows, ends[:-1])])
-    (folder / "table").write_bytes(rows.tobytes())
+        for blocks in np.split(table, np.cumsum(list(phase_sizes.values()))[:-1]):
+            blocks[:] = generator.permutation(blocks)
+        table.flush()
     layout = {"isolate": isolate, "parts": [os.path.relpath(part, folder) for part in store.folders]}
     (folder / "blocks.json").write_text(json.dumps(layout), encoding="utf-8")
     return ledger
@@ -138,8 +138,10 @@ def count_blocks(ledger: Ledger, store: TokenStore, packed: Packed, block_size: 
     """Enter blocks in the ledger: their tokens, what is to be learnt of them, and which rows they cut."""
     lengths = lengths_of(packed.spans)
     num_blocks, num_tokens = len(packed.num_spans), int(lengths.sum())
-    trained = num_tokens - (len(lengths) if isolate else num_blocks)
-    trained -= sum(len(flags) - 1 - int(np.count_nonzero(flags[1:])) for flags in store.flags_of(packed.spans))
+    targets = packed.spans.copy()  # without the tokens that nothing before them predicts
+    targets[slice(None) if isolate else np.cumsum(packed.num_spans) - packed.num_spans, 0] += 1
+    untrained = sum(len(flags) - int(np.count_nonzero(flags)) for flags in store.flags_of(targets))
+    trained = int(lengths_of(targets).sum()) - untrained
     ledger.blocks += num_blocks
     ledger.tokens_padding += num_blocks * block_size - num_tokens
     ledger.tokens_trained += trained
@@ -163,12 +165,12 @@ class BlockCollator:
 
     def __call__(self, blocks: list[dict[str, np.ndarray]]) -> dict[str, Any]:
         length = max(len(block["input_ids"]) for block in blocks)
-        batch: dict[str, Any] = {}
-        for name, fill in [("input_ids", self.pad_id), ("position_ids", None), ("labels", IGNORED)]:
-            rows = []
-            for block in blocks:
-                short = length - len(block[name])
-                padding = np.arange(short) if fill is None else np.full(short, fill)
-                rows.append(np.concatenate([block[name], padding]) if short else block[name])
-            batch[name] = torch.from_numpy(np.stack(rows))
-        return {name: tensor.reshape(1, -1) for name, tensor in batch.items()} if self.flatten else batch
+        filled = {"input_ids": self.pad_id, "position_ids": 0, "labels": IGNORED}
+        batch = {name: np.full((len(blocks), length), value) for name, value in filled.items()}
+        for row, block in enumerate(blocks):
+            size = len(block["input_ids"])
+            for name, values in block.items():
+                batch[name][row, :size] = values
+            batch["position_ids"][row, size:] = np.arange(length - size)
+        shape = (1, -1) if self.flatten else (len(blocks), length)
+        return {name: torch.from_numpy(rows).reshape(shape) for name, rows in batch.items()}

@@ -25,8 +25,8 @@ from mini_qwen.rows import Row, check_columns
 from mini_qwen.store import STATE, StoreWriter
 
 # What decides the tokens of a row, beside the tokenizer, the template and the recipe.
-ROW_MODULES = ("cache", "chat", "conversations", "documents", "encoding", "files", "ledger", "packing")
-ROW_MODULES += ("preferences", "rows", "schemas", "store")
+ROW_MODULES = ("cache", "chat", "conversations", "documents", "encoding", "files", "ledger", "preferences")
+ROW_MODULES += ("rows", "schemas", "store")
 BATCH_SIZE = 200  # rows
 ROWS_TRIED = 20  # of every file, before the first one is prepared
 SECONDS_BETWEEN_COMMITS = 10.0
@@ -59,10 +59,15 @@ def hash_of(parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def source_hash() -> str:
+def source_hash(modules: tuple[str, ...] = ROW_MODULES) -> str:
     """Of the modules that make rows: an edited function never meets rows that its old version made."""
-    files = [Path(__file__).parent / f"{name}.py" for name in ROW_MODULES]
+    files = [Path(__file__).parent / f"{name}.py" for name in modules]
     return hash_of([hashlib.sha256(file.read_bytes()).hexdigest() for file in files])
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Of the tokenizer, whatever truncation and padding its last call had."""
+    return hash_of(json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None})
 
 
 def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
@@ -96,7 +101,7 @@ def prepare_parts(cache_dir: str, sources: dict[str, list[Path]], preparation: P
     check_columns(sources, preparation.choices)
     tokenizer = preparation.tokenizer
     common = {
-        "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        "tokenizer": tokenizer_hash(tokenizer),
         "template": tokenizer.chat_template,
         "settings": preparation.settings,
         "source": source_hash(),

@@ -34,17 +34,19 @@ def skeleton(template: str, roles: tuple[str, ...], add_generation_prompt: bool)
 
     The placeholders are private-use characters, so that a real conversation's text is never searched or parsed.
     """
-    marks = [chr(0xE000 + index) for index in range(len(roles))]
+    marks = {chr(0xE000 + index): index for index in range(len(roles))}
     turns = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
     rendered, spans = render_jinja_template(
         [turns], chat_template=template, return_assistant_tokens_mask=True, add_generation_prompt=add_generation_prompt
     )
-    text, trained_spans = rendered[0], spans[0]
-    trained = [any(start <= at < end for start, end in trained_spans) for at in range(len(text))]
+    text = rendered[0]
+    trained = [False] * len(text)
+    for start, end in spans[0]:
+        trained[start:end] = [True] * (end - start)
     pieces: list[Piece] = []
     for at, character in enumerate(text):
         if character in marks:
-            pieces.append(Piece("", marks.index(character), trained[at]))
+            pieces.append(Piece("", marks[character], trained[at]))
         elif pieces and pieces[-1].turn is None and pieces[-1].trained == trained[at]:
             pieces[-1] = pieces[-1]._replace(text=pieces[-1].text + character)
         else:

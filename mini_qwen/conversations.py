@@ -1,5 +1,6 @@
 """SFT data: conversations in, rows of tokens out, of which only the answers are trained."""
 
+from bisect import bisect_left
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -34,12 +35,18 @@ class ConversationData(MixtureKeys):
 
 def cut_middle(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray, length: int) -> np.ndarray:
     """The first and the last tokens of a text, at most `length` in all, without half characters at the cut."""
-    head, tail = ids[: (length + 1) // 2], ids[len(ids) - length // 2 :]
-    while len(head) and tokenizer.decode(head).endswith("\ufffd"):
-        head = head[:-1]
-    while len(tail) and tokenizer.decode(tail).startswith("\ufffd"):
-        tail = tail[1:]
-    return np.concatenate([head, tail])
+    head, tail = (length + 1) // 2, len(ids) - length // 2
+    for _ in range(3):  # of a character of 4 bytes, no more tokens lie on one side of a border inside it
+        head -= cuts_character(tokenizer, ids, head)
+        tail += cuts_character(tokenizer, ids, tail)
+    return np.concatenate([ids[:head], ids[tail:]])
+
+
+def cuts_character(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray, at: int) -> bool:
+    """Whether the border before token `at` lies inside a character. U+FFFD itself may well be one of the text."""
+    before, behind = ids[max(at - 4, 0) : at], ids[at : at + 4]
+    whole = tokenizer.decode(np.concatenate([before, behind]))
+    return tokenizer.decode(before) + tokenizer.decode(behind) != whole
 
 
 def fit_turns(
@@ -57,12 +64,16 @@ def fit_turns(
     Args:
         contents: token ids of the turns' contents.
     """
-    num_system = turns[0]["role"] == "system"
-    row = encode_chat(tokenizer, turns, add_generation_prompt, contents)
-    while len(row.ids) > max_length and len(turns) - num_system > 2:
-        turns = turns[:num_system] + turns[num_system + 2 :]
-        contents = contents[:num_system] + contents[num_system + 2 :]
-        row = encode_chat(tokenizer, turns, add_generation_prompt, contents)
+    num_system = int(turns[0]["role"] == "system")
+
+    def encode_without(exchanges: int) -> TokenRow:
+        kept = [*range(num_system), *range(num_system + 2 * exchanges, len(turns))]
+        return encode_chat(tokenizer, [turns[at] for at in kept], add_generation_prompt, [contents[at] for at in kept])
+
+    early = range((len(turns) - num_system - 1) // 2)
+    dropped = bisect_left(early, True, key=lambda exchanges: len(encode_without(exchanges).ids) <= max_length)
+    row = encode_without(dropped)
+    turns, contents = (items[:num_system] + items[num_system + 2 * dropped :] for items in (turns, contents))
     excess = len(row.ids) - max_length
     if excess > 0:
         last = max(index for index, turn in enumerate(turns) if turn["role"] == "user")

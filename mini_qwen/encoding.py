@@ -1,9 +1,8 @@
 """Text as token ids: exactly those of the tokenizer, several times as fast, and never a control token."""
 
 import json
-import re
 import unicodedata
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import count
 from typing import Any
 
@@ -13,8 +12,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
 CHECKED_SHARE = 100  # of so many texts one is encoded by the tokenizer as well, and compared
-MAX_BLANKS = 100_000  # tiktoken splits a longer stretch by a regular expression that runs out of stack at 1,000,000
-MANY_BLANKS = re.compile(rf"\s{{{MAX_BLANKS}}}")
+MANY_BLANKS = 50_000  # tiktoken splits text by a regular expression that runs out of stack at 1,000,000 blanks
 
 
 @lru_cache(maxsize=8)
@@ -42,13 +40,18 @@ class TextEncoder:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        layout = json.loads(tokenizer.backend_tokenizer.to_str())
+        self.backend = tokenizer.backend_tokenizer
+        layout = json.loads(self.backend.to_str())
         self.control_tokens = [token["content"] for token in layout["added_tokens"]]
-        layout |= {"added_tokens": [], "truncation": None, "padding": None}  # no control token comes out of a text
-        self.plain = Tokenizer.from_str(json.dumps(layout))
-        self.normalizer = self.plain.normalizer
+        self.normalizer = self.backend.normalizer
         self.fast = make_fast(layout)
         self.counter = count()
+
+    @cached_property
+    def plain(self) -> Tokenizer:
+        """The tokenizer without its control tokens, so that none comes out of a text."""
+        layout = json.loads(self.backend.to_str())
+        return Tokenizer.from_str(json.dumps(layout | {"added_tokens": [], "truncation": None, "padding": None}))
 
     def __call__(self, texts: list[str]) -> list[np.ndarray]:
         if self.fast is None:
@@ -59,7 +62,7 @@ class TextEncoder:
         return [self.encode(text) for text in texts]
 
     def encode(self, text: str) -> np.ndarray:
-        if len(text) > MAX_BLANKS and MANY_BLANKS.search(text):
+        if has_many_blanks(text):
             return self.encode_plain(text)
         plain = text
         if self.normalizer is not None and not unicodedata.is_normalized("NFC", text):
@@ -73,7 +76,15 @@ class TextEncoder:
         return ids
 
     def encode_plain(self, text: str) -> np.ndarray:
-        return np.array(self.plain.encode(text, add_special_tokens=False).ids, np.uint32)
+        """By the tokenizer; a second one is only made for a text that spells a control token."""
+        tokenizer = self.plain if any(token in text for token in self.control_tokens) else self.backend
+        return np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.uint32)
+
+
+def has_many_blanks(text: str) -> bool:
+    """True for every text with 2 x MANY_BLANKS blanks in a row: of those, MANY_BLANKS begin at a multiple of it."""
+    starts = range(0, len(text) - MANY_BLANKS + 1, MANY_BLANKS)
+    return any(text[at : at + MANY_BLANKS].isspace() for at in starts)
 
 
 def make_fast(layout: dict[str, Any]) -> tiktoken.Encoding | None:

@@ -20,7 +20,7 @@ from mini_qwen.model import check_checkpoint
 from mini_qwen.preferences import read_preferences
 from mini_qwen.report import training_facts
 from mini_qwen.rows import check_columns, read_rows
-from mini_qwen.schemas import PAIR_COLUMNS, join_rated
+from mini_qwen.schemas import PAIR_COLUMNS, PAIRS, join_rated
 from mini_qwen.scoring import score_rows
 from mini_qwen.tokenizer import count_bytes, load_tokenizer
 from mini_qwen.training import choose_precision
@@ -144,13 +144,7 @@ def score_preferences(args: EvalData, model: PreTrainedModel, tokenizer: PreTrai
     pairs = list(read_preferences(rows, tokenizer, args.max_length, ledger))
     ledger.check(max_drop_share=1.0)
     print(f"preferences: {ledger.rows_kept:,} of {ledger.rows_read:,} pairs scored {dict(ledger.rows_dropped) or ''}")
-    sides = [
-        TokenRow(
-            np.concatenate([pair.prompt_ids, answer]), np.repeat([False, True], [len(pair.prompt_ids), len(answer)])
-        )
-        for answers in ([pair.chosen_ids for pair in pairs], [pair.rejected_ids for pair in pairs])
-        for pair, answer in zip(pairs, answers, strict=True)
-    ]
+    sides = [pair.side(answer) for answer in ("chosen_ids", "rejected_ids") for pair in pairs]
     scores = score_rows(model, sides, "preferences")
     margins = [
         chosen.sum_log_prob - rejected.sum_log_prob
@@ -200,6 +194,6 @@ def check_inputs(args: EvalData) -> None:
         (args.documents, [["text"]]),
         (args.unigram_documents, [["text"]]),
         (args.questions, [["question", "answer"]]),
-        (args.preferences, [["chosen", "rejected"]]),
+        (args.preferences, PAIRS),
     ]:
         check_columns({"": find_files(paths)}, choices)

@@ -5,7 +5,7 @@ import io
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -43,7 +43,9 @@ def find_files(paths: list[str]) -> list[Path]:
                 f"There is no data at '{name}'. Name a file or folder that exists: mini_data/ comes with the project, "
                 "'bash prepare.sh' fetches the big data into data/."
             )
-        files = sorted(file for file in path.rglob("*") if kind(file) in KINDS) if path.is_dir() else [path]
+        files = [path]
+        if path.is_dir():
+            files = sorted(file for file in path.rglob("*") if kind(file) in KINDS and file.is_file())
         if not files:
             raise SystemExit(f"The folder '{name}' holds no data files ({known}).")
         found += files
@@ -65,18 +67,25 @@ def open_bytes(file: Path) -> BinaryIO:
 def open_parquet(file: Path) -> pq.ParquetFile:
     """Raises SystemExit for a file that is no parquet, saying what it is instead."""
     try:
+        source: Any = file
         if file.suffix in COMPRESSIONS:
             with open_bytes(file) as stream:
-                return pq.ParquetFile(pa.BufferReader(stream.read()))
-        return pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)  # pages as they come, not whole columns
-    except DAMAGE as error:
+                source = pa.BufferReader(stream.read())
+        # Pages as they come, not whole columns; and compared with their checksums, where the writer left some.
+        parquet = pq.ParquetFile(source, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True)
+        _ = parquet.schema_arrow.names  # decoded here, where damage to them is understood
+        return parquet
+    except (*DAMAGE, UnicodeDecodeError) as error:
         raise SystemExit(f"{file} cannot be read as parquet: it is {describe_damage(file)}. ({error})") from None
 
 
 def describe_damage(file: Path) -> str:
     """What a file that cannot be read seems to be, and what to do."""
-    with file.open("rb") as stream:
-        head = stream.read(64)
+    try:
+        with file.open("rb") as stream:
+            head = stream.read(64)
+    except OSError:
+        return "not to be opened; see its permissions"
     if not head:
         return "empty (0 bytes); fetch it again"
     if head.startswith(b"version https://git-lfs"):
@@ -84,6 +93,13 @@ def describe_damage(file: Path) -> str:
     if head.lstrip().startswith(b"<"):
         return "a web page, not data: the download failed; fetch it again"
     return "broken or cut off; fetch it again"
+
+
+def check_content(file: Path) -> None:
+    """Raises SystemExit for what lies in the place of a text file: a pointer to it, or a web page instead of JSON."""
+    what = describe_damage(file)
+    if "pointer" in what or ("web page" in what and kind(file) in (".json", ".jsonl")):
+        raise SystemExit(f"{file} cannot be read: it is {what}.")
 
 
 def count_rows(files: list[Path]) -> int | None:

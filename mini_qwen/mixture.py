@@ -1,9 +1,11 @@
 """Mixtures: how much of each source is trained on, and when. A function of the seed, exact to the row."""
 
 import json
+import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +18,7 @@ from mini_qwen.ledger import Ledger
 from mini_qwen.packing import Packed, lengths_of
 from mini_qwen.store import TokenStore
 
+BLOCK_MODULES = ("blocks", "mixture", "packing")  # what decides the blocks, beside the rows and the recipe
 WINDOW = 1 << 20  # rows that are packed together; bounds the memory that packing takes
 
 # Recipe value of `train_files`: files and folders, each taken once; or how many times each is taken, such as 0.5 or 2;
@@ -40,12 +43,11 @@ def read_phases(train_files: Mixture) -> list[Phase]:
         phases = [dict.fromkeys(train_files, 1.0)]
     else:
         phases = train_files
-    wrong = [(path, passes) for phase in phases for path, passes in phase.items() if not passes > 0]
-    if wrong or not all(phases):
-        path, passes = wrong[0] if wrong else ("", 0)
-        raise SystemExit(
-            f"train_files takes '{path}' {passes} times. Give each path a number above 0, or leave it out."
-        )
+    if not all(phases):
+        raise SystemExit("train_files, or one of its mixtures, is empty. Name files or folders to train on.")
+    for path, passes in (item for phase in phases for item in phase.items()):
+        if not 0 < passes < math.inf:
+            raise SystemExit(f"train_files takes '{path}' {passes} times. Give it a number above 0, or leave it out.")
     return phases
 
 
@@ -61,8 +63,8 @@ def find_sources(phases: list[Phase]) -> dict[str, list[Path]]:
 
 def choose_held_out(num_rows: int, eval_rows: int, seed: int) -> np.ndarray:
     """The rows to keep away from training, sorted: a function of the seed and the number of rows."""
-    if eval_rows and eval_rows >= num_rows:
-        raise SystemExit(f"eval_rows is {eval_rows:,}, but the data has only {num_rows:,} usable rows. Choose fewer.")
+    if eval_rows and not 0 < eval_rows < num_rows:
+        raise SystemExit(f"eval_rows is {eval_rows:,}, but the data has only {num_rows:,} usable rows: choose fewer.")
     return np.array(sorted(random.Random(seed).sample(range(num_rows), eval_rows)), np.int64)
 
 
@@ -78,14 +80,19 @@ def uniform(rows: np.ndarray, seed: int) -> np.ndarray:
     return ((state ^ (state >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
 
 
-def take(rows: np.ndarray, seed: int, before: float, passes: float) -> np.ndarray:
-    """The rows that are taken when a source is gone through `passes` times, after `before` times already.
+def times_taken(rows: np.ndarray, seed: int, before: float, after: float) -> np.ndarray:
+    """How often each row is taken while its source is gone through, from `before` times in all to `after` times.
 
     Each row has its place in a pass, by the seed. So 0.9 of a source and then 0.1 of it share no row and together
     are all of it; 2.5 are all rows twice, and half of them a third time.
     """
     place = uniform(rows, seed)
-    return np.repeat(rows, (np.floor(before + passes - place) - np.floor(before - place)).astype(np.int64))
+    return (np.floor(after - place) - np.floor(before - place)).astype(np.int64)
+
+
+def progress_of(path: str, phases: list[Phase]) -> list[float]:
+    """How many times the path has been gone through before the first phase, and after each."""
+    return np.round(np.cumsum([0.0, *(phase.get(path, 0.0) for phase in phases)]), 9).tolist()
 
 
 class Arrangement(NamedTuple):
@@ -109,11 +116,11 @@ def arrange(
     Args:
         sources: of each path, its prepared files; those that rows are held out of come first.
     """
-    names = [part.folder.name for parts in sources.values() for part in parts]
-    key = hash_of([names, plan._replace(pack=None), source_hash()])
+    every_part = [part for parts in sources.values() for part in parts]
+    key = hash_of([[part.folder.name for part in every_part], plan._replace(pack=None), source_hash(BLOCK_MODULES)])
 
     def build(folder: Path) -> None:
-        store = TokenStore([part.folder for parts in sources.values() for part in parts])
+        store = TokenStore([part.folder for part in every_part])
         rows, first = {}, 0
         for path, parts in sources.items():
             rows[path] = range(first, first + sum(part.ledger.rows_kept for part in parts))
@@ -121,7 +128,7 @@ def arrange(
         num_rows = sum(len(rows[path]) for path in plan.held_out_of)
         held_out = choose_held_out(num_rows, plan.eval_rows, plan.seed)
         ledger = Ledger()
-        for part in (part for parts in sources.values() for part in parts):
+        for part in every_part:
             ledger.add(part.ledger)
         count_taken(ledger, store, plan, rows, held_out)
 
@@ -129,13 +136,11 @@ def arrange(
             return plan.pack(spans, plan.block_size)
 
         windows = phase_rows(plan.phases, rows, held_out, plan.seed)
-        train = write_blocks(
-            folder / "train", store, windows, pack, plan.block_size, plan.isolate, keep_rest=False, seed=plan.seed
-        )
-        ledger.add(train)
+        block_size, isolate = plan.block_size, plan.isolate
+        ledger.add(write_blocks(folder / "train", store, windows, pack, block_size, isolate, seed=plan.seed))
         count_sources(ledger, Blocks(folder / "train"), rows)
         if plan.eval_rows:
-            write_blocks(folder / "eval", store, [(0, held_out)], pack, plan.block_size, plan.isolate, keep_rest=True)
+            write_blocks(folder / "eval", store, [(0, held_out)], pack, block_size, isolate, keep_rest=True)
         (folder / "ledger.json").write_text(json.dumps(ledger.as_dict(), indent=2), encoding="utf-8")
 
     folder = build_once(Path(cache_dir) / f"{stage}-blocks-{key}", build)
@@ -150,9 +155,9 @@ def count_taken(
     ledger.rows_held_out += len(held_out)
     ledger.tokens_held_out += int(lengths_of(store.spans(held_out)).sum())
     for path, numbers in rows.items():
-        passes = round(sum(phase.get(path, 0.0) for phase in plan.phases), 9)
+        passes = progress_of(path, plan.phases)[-1]
         for window in windows_of(numbers, held_out):
-            times = np.floor(passes - uniform(window, plan.seed)).astype(np.int64) + 1
+            times = times_taken(window, plan.seed, 0.0, passes)
             lengths = lengths_of(store.spans(window))
             ledger.rows_unused += int((times == 0).sum())
             ledger.tokens_unused += int(lengths[times == 0].sum())
@@ -162,10 +167,10 @@ def count_taken(
 
 def count_sources(ledger: Ledger, blocks: Blocks, rows: dict[str, range]) -> None:
     """Enter in the ledger how many of the blocks' tokens come from each source."""
-    last_rows = np.array([numbers.stop - 1 for numbers in rows.values()])
+    parts = np.searchsorted(blocks.store.row_offsets, [numbers.stop for numbers in rows.values()])
     for start in range(0, len(blocks.spans), WINDOW):
         spans = np.asarray(blocks.spans[start : start + WINDOW])
-        owners = np.searchsorted(blocks.store.spans(last_rows)[:, 1], spans[:, 0], side="right")
+        owners = np.searchsorted(blocks.store.token_offsets[parts], spans[:, 0], side="right")
         totals = np.bincount(owners, lengths_of(spans), len(rows)).astype(np.int64)
         ledger.tokens_by_source.update(dict(zip(rows, totals.tolist(), strict=True)))
 
@@ -181,13 +186,15 @@ def phase_rows(
 ) -> Iterator[tuple[int, np.ndarray]]:
     """The rows of each phase in the store's order, window by window, each with the number of its phase.
 
+    A row that is taken more than once comes in another window each time, so that no block is full of it.
+
     Args:
         source_rows: the numbers of each source's rows in the store.
         held_out: rows never to be taken, sorted.
     """
-    before = dict.fromkeys(source_rows, 0.0)
     for number, phase in enumerate(phases):
-        for path, passes in phase.items():
-            for window in windows_of(source_rows[path], held_out):
-                yield number, take(window, seed, before[path], passes)
-            before[path] = round(before[path] + passes, 9)
+        for path in (path for path in source_rows if path in phase):
+            before, after = progress_of(path, phases)[number : number + 2]
+            for low, high in pairwise([before, *range(int(before) + 1, math.ceil(after)), after]):
+                for window in windows_of(source_rows[path], held_out):
+                    yield number, window[times_taken(window, seed, low, high) > 0]

@@ -47,6 +47,11 @@ class Pair(NamedTuple):
         """Of both sides together, each with the prompt: what the model computes."""
         return 2 * len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids)
 
+    def side(self, answer: str) -> TokenRow:
+        """The prompt and one of the answers, `chosen_ids` or `rejected_ids`, of which the answer is to be learnt."""
+        ids = np.concatenate([self.prompt_ids, getattr(self, answer)])
+        return TokenRow(ids, np.arange(len(ids)) >= len(self.prompt_ids))
+
 
 def read_preferences(
     rows: Iterator[Row] | list[Row], tokenizer: PreTrainedTokenizerBase, max_length: int, ledger: Ledger

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from mini_qwen.files import DAMAGE, describe_damage, kind, open_bytes, open_parquet
+from mini_qwen.files import DAMAGE, check_content, describe_damage, kind, open_bytes, open_parquet
 
 csv.field_size_limit(sys.maxsize)
 JSON_READ_SIZE = 1 << 20  # characters
@@ -55,14 +55,20 @@ def read_rows(files: list[Path], columns: list[str] | None) -> Iterator[Row]:
 
 def read_parquet(file: Path, columns: list[str] | None) -> Iterator[Fields | str]:
     with open_parquet(file) as parquet:
-        if not parquet.metadata.num_rows:
+        layout = parquet.metadata
+        in_groups = sum(layout.row_group(group).num_rows for group in range(layout.num_row_groups))
+        if layout.num_rows != in_groups:
+            raise SystemExit(
+                f"{file} is damaged: it has {in_groups:,} rows and should have {layout.num_rows:,}; fetch it again."
+            )
+        if not in_groups:
             return
         names = parquet.schema_arrow.names
         present = names if columns is None else [name for name in columns if name in names]
-        for batch in parquet.iter_batches(batch_size=200, columns=present):
+        for batch in parquet.iter_batches(batch_size=200, columns=present, use_threads=False):
             try:
                 rows = batch.to_pylist()
-            except UnicodeDecodeError:
+            except (ValueError, OverflowError):
                 yield from (read_record(batch.slice(index, 1)) for index in range(len(batch)))
             else:
                 yield from rows
@@ -73,6 +79,8 @@ def read_record(batch: pa.RecordBatch) -> Fields | str:
         return batch.to_pylist()[0]
     except UnicodeDecodeError:
         return NOT_UTF8
+    except (ValueError, OverflowError):  # a date out of range, for one
+        return "a value that cannot be read"
 
 
 def read_lines(file: Path, columns: list[str] | None) -> Iterator[Fields | str]:
@@ -86,7 +94,7 @@ def read_lines(file: Path, columns: list[str] | None) -> Iterator[Fields | str]:
                 yield {"text": text.rstrip("\r\n")} if kind(file) == ".txt" else choose(json.loads(text), columns)
             except UnicodeDecodeError:
                 yield NOT_UTF8
-            except (json.JSONDecodeError, RecursionError):
+            except (ValueError, RecursionError):  # also for a number of more than 4,300 digits
                 yield NOT_JSON
 
 
@@ -105,7 +113,7 @@ def read_csv(file: Path, columns: list[str] | None) -> Iterator[Fields | str]:
                 yield "more or fewer fields than the header" if ragged else choose(record, columns)
         except csv.Error as error:
             raise SystemExit(
-                f"{file}, line {records.line_num} is not valid csv: {error}. Correct this line."
+                f"{file}, line {records.line_num + 1} is not valid csv: {error}. Correct this line."
             ) from None
 
 
@@ -116,15 +124,18 @@ def read_json(file: Path, columns: list[str] | None) -> Iterator[Fields | str]:
     """
     decoder = json.JSONDecoder()
     with io.TextIOWrapper(open_bytes(file), encoding="utf-8-sig", errors="surrogateescape") as text:
-        rest = text.read(JSON_READ_SIZE).lstrip()
+        rest = ""
+        while not rest and (more := text.read(JSON_READ_SIZE)):
+            rest = more.lstrip()
         end_of_list = "]" if rest.startswith("[") else ""
         at, number = len(end_of_list), 0
         while True:
             at = SEPARATORS.match(rest, at).end()
             try:
                 record, at = decoder.raw_decode(rest, at)
-            except (json.JSONDecodeError, RecursionError) as error:
-                more = text.read(max(JSON_READ_SIZE, len(rest)))  # doubling: a long object is not parsed many times
+            except (ValueError, RecursionError) as error:
+                # Doubling: a long object is not parsed many times.
+                more = text.read(max(JSON_READ_SIZE, len(rest))) if breaks_off(error, rest) else ""
                 rest, at = rest[at:] + more, 0
                 if more:
                     continue
@@ -136,6 +147,12 @@ def read_json(file: Path, columns: list[str] | None) -> Iterator[Fields | str]:
                 ) from None
             yield choose(record, columns)
             number += 1
+
+
+def breaks_off(error: Exception, text: str) -> bool:
+    """Whether what follows on the text may mend the error: then it is at its end, or in a string that begins in it."""
+    at_end = isinstance(error, json.JSONDecodeError) and error.pos > len(text.rstrip()) - len("\\ud83d\\ude42")
+    return at_end or "Unterminated string" in str(error)
 
 
 def check_columns(sources: dict[str, list[Path]], choices: list[list[str]]) -> None:
@@ -154,6 +171,7 @@ def column_names(file: Path) -> list[str] | None:
     if kind(file) == ".parquet":
         with open_parquet(file) as parquet:
             return parquet.schema_arrow.names
+    check_content(file)
     if kind(file) == ".txt":
         return ["text"]
     first = next((row.values for row in read_rows([file], None) if row.fault is None), None)

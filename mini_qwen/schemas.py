@@ -36,10 +36,11 @@ def read_text(content: Any) -> str:
     Raises BadRow for text that is missing or blank or that no UTF-8 can hold, and for parts of another type.
     """
     if isinstance(content, list):
-        parts = [part if isinstance(part, dict) else {} for part in content]
-        if any(part.get("type") != "text" for part in parts):
+        parts = [part if isinstance(part, dict) and part.get("type") == "text" else {} for part in content]
+        texts = [part.get("value") if part.get("text") is None else part["text"] for part in parts]
+        if not all(isinstance(text, str) for text in texts):
             raise BadRow("a turn with parts that are not text")
-        content = "".join(str(part.get("text", part.get("value"))) for part in parts)
+        content = "".join(texts)
     if not isinstance(content, str) or not content.strip():
         raise BadRow("empty turn")
     check_unicode(content)
@@ -73,7 +74,7 @@ def read_turns(value: Any, place: str) -> list[Turn]:
         content = turn.get("value") if turn.get("value") is not None else turn.get("content")
         if role in TOOL_ROLES or turn.get("tool_calls"):
             raise BadRow("turns of tools")
-        if role not in ROLES:
+        if not isinstance(role, str) or role not in ROLES:
             raise SystemExit(
                 f"{place}: unknown role {role!r}. Known roles are {', '.join(ROLES)}; map or remove this turn first."
             )
@@ -94,16 +95,14 @@ def read_instruction(values: Fields) -> list[Any]:
     earlier = values.get("history") or []
     if not isinstance(earlier, list) or any(not isinstance(pair, list | tuple) or len(pair) != 2 for pair in earlier):
         raise BadRow("malformed history")
-    question = [values.get("instruction"), values.get("input")]
+    texts = [values.get("instruction"), values.get("input")]
+    question = "\n".join(text for text in texts if isinstance(text, str) and text)
     turns = [
         turn
         for asked, answered in earlier
         for turn in ({"role": "user", "content": asked}, {"role": "assistant", "content": answered})
     ]
-    return [
-        *turns,
-        {"role": "user", "content": "\n".join(text for text in question if isinstance(text, str) and text)},
-    ]
+    return [*turns, {"role": "user", "content": question}]
 
 
 def read_prompt(values: Fields, place: str) -> list[Turn]:
@@ -126,15 +125,21 @@ def with_system(turns: list[Turn], values: Fields) -> list[Turn]:
 
 def read_conversation(values: Fields, place: str) -> list[Turn]:
     """The turns of a row, as they come. Raises BadRow and SystemExit as `read_turns` does."""
-    if values.get("tools"):
-        raise BadRow("turns of tools")
-    turns = read_prompt(values, place)
+    check_tools(values)
+    whole = values.get("conversations") or values.get("messages")  # of which `prompt` only repeats the first turn
+    turns = read_turns(whole, place) if whole else read_prompt(values, place)
     for answer in ("completion", "output"):
-        if answer in values:
+        if not whole and values.get(answer) is not None:
             turns = turns + as_turns(values[answer], "assistant", place)
     if not turns:
         raise BadRow("no turns")
     return with_system(turns, values)
+
+
+def check_tools(values: Fields) -> None:
+    """Raises BadRow where the row names tools: none of the template's turns could call them."""
+    if values.get("tools") not in (None, "", [], "[]"):
+        raise BadRow("turns of tools")
 
 
 def check_order(turns: list[Turn]) -> None:
@@ -152,8 +157,7 @@ def read_pair(values: Fields, place: str) -> tuple[list[Turn], str, str]:
     Raises BadRow: an answer is missing or empty, both are the same, the sides have different prompts, or the prompt
     is none.
     """
-    if values.get("tools"):
-        raise BadRow("turns of tools")
+    check_tools(values)
     chosen, rejected = (as_turns(values.get(side), "assistant", place) for side in ("chosen", "rejected"))
     if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
         raise BadRow("last turn is not an answer")

@@ -38,7 +38,8 @@ class StoreWriter:
             self.streams["starts"].write(np.int64(0).tobytes())
 
     def add(self, ids: list[np.ndarray], trained: list[np.ndarray] | None = None) -> None:
-        """Append rows; `trained` flags their tokens, where the folder has flags."""
+        """Append rows of at least one token; `trained` flags their tokens, where the folder has flags."""
+        assert all(len(row) for row in ids), "a row without tokens"
         if ids:
             self.streams["ids"].write(np.concatenate(ids).astype(np.uint32, copy=False).data)
             self.streams["starts"].write((self.num_tokens + np.cumsum([len(row) for row in ids], dtype=np.int64)).data)

@@ -1,11 +1,14 @@
 """What the tests share: an offline environment, small tokenizers and models, and files of rows."""
 
 import atexit
+import csv
+import io
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +18,17 @@ os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="mini_qwen_tests_")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import hypothesis
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mini_qwen.blocks import Blocks, write_blocks
+from mini_qwen.files import COMPRESSIONS, kind
 from mini_qwen.model import NewModel, build_model
+from mini_qwen.packing import Packed, cut
 from mini_qwen.store import StoreWriter, TokenStore
 from mini_qwen.tokenizer import load_tokenizer, train_tokenizer
 
@@ -52,6 +59,7 @@ hypothesis.settings.load_profile("tests")
 
 MakeModel = Callable[..., PreTrainedModel]
 MakeStore = Callable[..., TokenStore]
+MakeBlocks = Callable[..., Blocks]
 WriteRows = Callable[[str, list[Any]], Path]
 
 
@@ -105,12 +113,61 @@ def make_store(tmp_path_factory: pytest.TempPathFactory) -> MakeStore:
     def make(rows: list[list[int]], trained: list[list[bool]] | None = None) -> TokenStore:
         folder = tmp_path_factory.mktemp("store") / "rows"
         writer = StoreWriter(folder, flags=trained is not None)
-        for number, row in enumerate(rows):
-            writer.add(row, trained[number] if trained is not None else None)
+        flags = None if trained is None else [np.array(row, bool) for row in trained]
+        writer.add([np.array(row, np.uint32) for row in rows], flags)
         writer.close()
-        return TokenStore(folder)
+        return TokenStore([folder])
 
     return make
+
+
+@pytest.fixture(scope="session")
+def make_blocks(make_store: MakeStore, tmp_path_factory: pytest.TempPathFactory) -> MakeBlocks:
+    """Pack rows of token ids, and flags where given, into Blocks; `pack` and the rest as write_blocks takes them."""
+
+    def make(
+        rows: list[list[int]],
+        block_size: int,
+        pack: Callable[..., Packed] = cut,
+        trained: list[list[bool]] | None = None,
+        **options: bool,
+    ) -> Blocks:
+        store, folder = make_store(rows, trained), tmp_path_factory.mktemp("blocks")
+        windows = [(0, np.arange(len(store)))]
+        write_blocks(folder, store, windows, partial(pack, size=block_size), block_size, **options)
+        return Blocks(folder)
+
+    return make
+
+
+def save_rows(path: Path, rows: list[Any]) -> Path:
+    """Write rows to a file in the kind and the compression that its name says; to .txt goes their `text` alone."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content: str | bytes
+    if kind(path) == ".parquet":
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.Table.from_pylist(rows), sink)
+        content = sink.getvalue().to_pybytes()
+    elif kind(path) == ".jsonl":
+        content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    elif kind(path) == ".csv":
+        table = io.StringIO()
+        writer = csv.DictWriter(table, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+        content = table.getvalue()
+    elif kind(path) == ".txt":
+        content = "".join(row["text"] + "\n" for row in rows)
+    else:
+        content = json.dumps(rows, ensure_ascii=False)
+    save_bytes(path, content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def save_bytes(path: Path, content: bytes) -> None:
+    """Write bytes, compressed as the name says."""
+    with pa.output_stream(str(path), compression=COMPRESSIONS.get(path.suffix)) as stream:
+        stream.write(content)
 
 
 @pytest.fixture
@@ -118,14 +175,6 @@ def write_rows(tmp_path: Path) -> WriteRows:
     """Write rows to a file below the test's folder, in the format that its suffix names."""
 
     def write(name: str, rows: list[Any]) -> Path:
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".parquet":
-            pq.write_table(pa.Table.from_pylist(rows), path)
-        elif path.suffix == ".jsonl":
-            path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        else:
-            path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
-        return path
+        return save_rows(tmp_path / name, rows)
 
     return write

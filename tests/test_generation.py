@@ -4,14 +4,22 @@ import builtins
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import MakeModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mini_qwen.chat import Turn, encode_chat, encode_text
+from mini_qwen import encoding
+from mini_qwen.chat import encode_chat
 from mini_qwen.evaluation import load_checkpoint
 from mini_qwen.generation import encode_prompt, generate, speaks_chat, talk
+from mini_qwen.schemas import Turn
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    return [ids.tolist() for ids in encoding.encode_text(tokenizer, texts)]
+
 
 # No word of it is in the toy tokenizer: every character is two to four tokens, an emoji of families many more.
 ANSWER = "🙂 你真棒 Ωμέγα 👩‍👩‍👧 好的，世界 ok"
@@ -30,8 +38,9 @@ def model(tiny_model: MakeModel) -> PreTrainedModel:
 def parrot(tiny_model: MakeModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A model that has learnt to give one answer, and to stop."""
     model = tiny_model(stage="sft", hidden_size=64).train()
-    ids, trained = encode_chat(tokenizer, [*QUESTION, {"role": "assistant", "content": ANSWER}])
-    inputs, labels = torch.tensor([ids]), torch.tensor([ids]).masked_fill(~torch.tensor([trained]), -100)
+    row = encode_chat(tokenizer, [*QUESTION, {"role": "assistant", "content": ANSWER}])
+    inputs = torch.from_numpy(row.ids.astype(np.int64))[None]
+    labels = inputs.masked_fill(~torch.from_numpy(row.trained)[None], -100)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(300):
         loss = model(input_ids=inputs, labels=labels).loss

@@ -1,19 +1,22 @@
 """mini_qwen/preview.py: what is marked is what is trained."""
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import MakeModel, MakeStore
+from conftest import MakeBlocks, MakeModel
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase, Trainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from mini_qwen.chat import Turn, encode_chat
-from mini_qwen.packing import BlockCollator, cut_blocks, row_blocks
+from mini_qwen.blocks import BlockCollator
+from mini_qwen.chat import encode_chat
+from mini_qwen.packing import fit
 from mini_qwen.preview import mark_trained, print_first_row
+from mini_qwen.schemas import Turn
 from mini_qwen.training import PTConfig
 
 MARKED = re.compile("\033\\[32m⟦(.*?)⟧\033\\[0m", re.DOTALL)
@@ -30,10 +33,10 @@ def unmarked(text: str) -> str:
 
 
 def test_marks_are_around_exactly_the_answers(tokenizer: PreTrainedTokenizerBase) -> None:
-    ids, trained = encode_chat(tokenizer, TURNS)
-    text = mark_trained(tokenizer, ids, trained)
+    row = encode_chat(tokenizer, TURNS)
+    text = mark_trained(tokenizer, row.ids.tolist(), row.trained.tolist())
     assert MARKED.findall(text) == ["🙂 小河边<|im_end|>", "At home.<|im_end|>"]
-    assert unmarked(text) == tokenizer.decode(ids)
+    assert unmarked(text) == tokenizer.decode(row.ids)
 
 
 @given(tokens=st.lists(st.tuples(st.integers(ord("!") - 33, ord("~") - 33), st.booleans()), max_size=12))
@@ -63,13 +66,13 @@ def make_trainer(tiny_model: MakeModel, tokenizer: PreTrainedTokenizerBase, tmp_
 @pytest.mark.parametrize("flatten", [False, True])
 def test_first_row_of_conversations(
     make_trainer: Any,
-    make_store: MakeStore,
+    make_blocks: MakeBlocks,
     tokenizer: PreTrainedTokenizerBase,
     capsys: pytest.CaptureFixture[str],
     flatten: bool,
 ) -> None:
     row = encode_chat(tokenizer, TURNS)
-    blocks = row_blocks(make_store([row.ids], [row.trained]), 200, packing=True)
+    blocks = make_blocks([row.ids], 200, partial(fit, fill=False), [row.trained])
     print_first_row(make_trainer(blocks.as_dataset(), BlockCollator(tokenizer.pad_token_id, flatten)))
     shown = capsys.readouterr().out
     assert MARKED.findall(shown) == ["🙂 小河边<|im_end|>", "At home.<|im_end|>"]
@@ -78,10 +81,10 @@ def test_first_row_of_conversations(
 
 
 def test_first_row_of_documents_leaves_out_what_is_no_target(
-    make_trainer: Any, make_store: MakeStore, tokenizer: PreTrainedTokenizerBase, capsys: pytest.CaptureFixture[str]
+    make_trainer: Any, make_blocks: MakeBlocks, tokenizer: PreTrainedTokenizerBase, capsys: pytest.CaptureFixture[str]
 ) -> None:
     documents = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in ("abc", "xyz")]
-    blocks = cut_blocks(make_store(documents), 8, isolate=True, keep_tail=False)
+    blocks = make_blocks(documents, 8)
     print_first_row(make_trainer(blocks, BlockCollator(tokenizer.pad_token_id)))
     shown = capsys.readouterr().out
     assert unmarked(shown).splitlines()[-1] == "abc<|im_end|>xyz<|im_end|>"
@@ -92,7 +95,7 @@ def test_first_row_of_documents_leaves_out_what_is_no_target(
 def test_first_row_of_pairs_is_the_chosen_side(
     make_trainer: Any, tokenizer: PreTrainedTokenizerBase, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    prompt = encode_chat(tokenizer, TURNS[:1], add_generation_prompt=True).ids
+    prompt = encode_chat(tokenizer, TURNS[:1], add_generation_prompt=True).ids.tolist()
     chosen, rejected = ([*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in ("a good one", "bad"))
     pair = {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
     print_first_row(make_trainer([pair], DataCollatorForPreference(tokenizer.pad_token_id)))
@@ -102,9 +105,9 @@ def test_first_row_of_pairs_is_the_chosen_side(
 
 
 def test_a_long_row_is_cut(
-    make_trainer: Any, make_store: MakeStore, tokenizer: PreTrainedTokenizerBase, capsys: pytest.CaptureFixture[str]
+    make_trainer: Any, make_blocks: MakeBlocks, tokenizer: PreTrainedTokenizerBase, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    blocks = cut_blocks(make_store([tokenizer("abc" * 100)["input_ids"]]), 250, isolate=True, keep_tail=False)
+    blocks = make_blocks([tokenizer("abc" * 100)["input_ids"]], 250)
     trainer = make_trainer(blocks, BlockCollator(tokenizer.pad_token_id))
     print_first_row(trainer, max_tokens=10)
     shown = capsys.readouterr().out

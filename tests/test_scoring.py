@@ -3,6 +3,7 @@
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 from conftest import MakeModel
@@ -18,25 +19,32 @@ def model(tiny_model: MakeModel) -> PreTrainedModel:
     return tiny_model()
 
 
+def make_row(ids: list[int], trained: list[bool] | None = None) -> TokenRow:
+    return TokenRow(np.array(ids, np.uint32), None if trained is None else np.array(trained, bool))
+
+
 @pytest.fixture(scope="module")
 def rows() -> list[TokenRow]:
-    """Fifteen rows of 2 to 16 tokens in no order, trained here and there, the first token as well."""
+    """Fifteen rows of 2 to 16 tokens in no order, trained here and there, the first token as well; one everywhere."""
     rng = random.Random(0)
     lengths = rng.sample(range(2, 17), 15)
-    return [
-        TokenRow([rng.randrange(400) for _ in range(length)], [rng.random() < 0.6 for _ in range(length)])
+    rows = [
+        make_row([rng.randrange(400) for _ in range(length)], [rng.random() < 0.6 for _ in range(length)])
         for length in lengths
     ]
+    return [*rows[:-1], rows[-1]._replace(trained=None)]
 
 
 @torch.no_grad()
 def score_alone(model: PreTrainedModel, row: TokenRow) -> Score:
     """From the loss that the model itself computes for labels, one row at a time."""
-    labels = [token if trained else -100 for token, trained in zip(row.ids, row.trained, strict=True)]
-    count = sum(row.trained[1:])
+    ids = row.ids.tolist()
+    flags = [True] * len(ids) if row.trained is None else row.trained.tolist()
+    labels = [token if trained else -100 for token, trained in zip(ids, flags, strict=True)]
+    count = sum(flags[1:])
     if not count:
         return Score(0.0, 0)
-    loss = model(input_ids=torch.tensor([row.ids]), labels=torch.tensor([labels])).loss.item()
+    loss = model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss.item()
     return Score(-loss * count, count)
 
 
@@ -69,17 +77,17 @@ def test_a_log_probability_by_hand(model: PreTrainedModel) -> None:
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([[5, 6, 7]])).logits[0]
     probability = torch.softmax(logits[0], dim=-1)[6] * torch.softmax(logits[1], dim=-1)[7]
-    (score,) = score_rows(model, [TokenRow([5, 6, 7], [True] * 3)], "test")
+    (score,) = score_rows(model, [make_row([5, 6, 7], [True] * 3)], "test")
     assert score.num_tokens == 2  # the first token has nothing before it
     assert score.sum_log_prob == pytest.approx(math.log(probability.item()), rel=1e-5)
 
 
 @pytest.mark.parametrize(
-    "row", [TokenRow([5], [True]), TokenRow([5, 6, 7], [False] * 3), TokenRow([5, 6], [True, False])]
+    "row", [make_row([5], [True]), make_row([5]), make_row([5, 6, 7], [False] * 3), make_row([5, 6], [True, False])]
 )
 def test_a_row_without_a_target_scores_nothing(model: PreTrainedModel, row: TokenRow) -> None:
     assert score_rows(model, [row], "test") == [Score(0.0, 0)]
-    with_others = score_rows(model, [row, TokenRow([1, 2, 3, 4], [True] * 4)], "test")
+    with_others = score_rows(model, [row, make_row([1, 2, 3, 4])], "test")
     assert with_others[0] == Score(0.0, 0)
     assert with_others[1].num_tokens == 3
 

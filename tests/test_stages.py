@@ -16,6 +16,7 @@ import mini_qwen_eval
 import mini_qwen_pt
 import mini_qwen_sft
 import mini_qwen_tokenizer
+from mini_qwen.ledger import Ledger
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCAB = 512
@@ -97,10 +98,9 @@ def test_dpo_starts_at_ln_2(road: Path, tmp_path: Path) -> None:
 def test_ledger_and_record_add_up(road: Path, stage: str) -> None:
     record = json.loads((road / stage / "run.json").read_text(encoding="utf-8"))
     ledger = record["ledger"]
-    dropped = sum(ledger["rows_dropped"].values())
-    assert ledger["rows_read"] == ledger["rows_kept"] + ledger["rows_held_out"] + dropped > 0
-    tokens = ledger["tokens_trained"] + ledger["tokens_masked"] + sum(ledger["tokens_dropped"].values())
-    assert ledger["tokens_read"] == tokens > 0
+    Ledger.from_dict(ledger).check(max_drop_share=0.1)
+    assert ledger["rows_read"] >= ledger["rows_kept"] > 0
+    assert ledger["tokens_read"] > ledger["tokens_trained"] > 0
     assert record["recipe"] and record["versions"]["torch"] and record["seconds"] > 0
     assert all(math.isfinite(loss) for loss in losses(road / stage))
 
@@ -161,7 +161,7 @@ BAD_INPUT = {
     "no tokenizer": ("pt", {"tokenizer": "nowhere"}, r"no tokenizer at 'nowhere'"),
     "no checkpoint": ("sft", {"checkpoint": "mini_qwen"}, r"no tokenizer at 'mini_qwen'"),
     "no answers": ("sft", {"train_files": ROOT / "mini_data/pt"}, r"lacks the column 'conversations' or 'messages'"),
-    "no pairs": ("dpo", {"train_files": ROOT / "mini_data/sft"}, r"lacks the column 'prompt' \+ 'chosen'"),
+    "no pairs": ("dpo", {"train_files": ROOT / "mini_data/sft"}, r"lacks the column 'chosen' \+ 'rejected'"),
     "block too long": ("pt", {"block_size": 10_000_000}, r"fewer than one block of 10,000,000"),
     "too few rows": ("pt", {"eval_rows": 100_000}, r"eval_rows is 100,000, but the data has only"),
     "no such recipe": ("pt", {"config": "recipes/nothing.yaml"}, r"no recipe 'recipes/nothing.yaml'"),

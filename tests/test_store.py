@@ -1,148 +1,172 @@
-"""mini_qwen/store.py: rows come back as written, and a folder of prepared rows is complete or absent."""
+"""mini_qwen/store.py: rows come back as written, however often the writing was broken off."""
 
-import pickle
+import json
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
-from conftest import MakeStore
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerBase
 
-from mini_qwen import store
-from mini_qwen.ledger import Ledger
-from mini_qwen.store import StoreWriter, TokenStore, prepare_once
-from mini_qwen.tokenizer import train_tokenizer
+from mini_qwen.store import STATE, StoreWriter, TokenStore
 
-TOKENS = st.lists(st.tuples(st.integers(0, 2**32 - 1), st.booleans()), max_size=8)
+Tokens = list[tuple[int, bool]]  # of one row: each token and whether it is to be learnt
+Part = tuple[list[Tokens], bool]  # the rows of one folder, and whether it has flags
+TOKENS = st.lists(st.tuples(st.integers(0, 2**32 - 1), st.booleans()), min_size=1, max_size=8)
+ROWS = st.lists(TOKENS, max_size=8)
+PARTS = st.lists(st.tuples(ROWS, st.booleans()), min_size=1, max_size=4)
 
 
-def rows_of(opened: TokenStore) -> list[list[int]]:
-    return [opened.ids[low:high].tolist() for low, high in zip(opened.starts[:-1], opened.starts[1:], strict=True)]
+def add(writer: StoreWriter, rows: list[Tokens], flags: bool) -> None:
+    trained = [np.array([flag for _, flag in row], bool) for row in rows]
+    writer.add([np.array([token for token, _ in row], np.uint32) for row in rows], trained if flags else None)
+
+
+def write(parent: Path, parts: list[Part]) -> TokenStore:
+    folders = [parent / "new" / f"part {number}" for number in range(len(parts))]
+    for folder, (rows, flags) in zip(folders, parts, strict=True):
+        writer = StoreWriter(folder, flags)
+        add(writer, rows[:3], flags)
+        add(writer, rows[3:], flags)
+        writer.close()
+    return TokenStore(folders)
+
+
+def stretches(parts: list[Part]) -> np.ndarray:
+    """Some stretches of every row: whole, without its first token, without its last."""
+    at, spans = 0, []
+    for row in (row for rows, _ in parts for row in rows):
+        spans += [(at, at + len(row)), (at + 1, at + len(row)), (at, at + len(row) - 1)]
+        at += len(row)
+    return np.array([span for span in spans if span[0] < span[1]], np.int64).reshape(-1, 2)
 
 
 @settings(max_examples=80)
-@given(rows=st.lists(TOKENS, max_size=8), flags=st.booleans())
-def test_rows_come_back_as_written(rows: list[list[tuple[int, bool]]], flags: bool) -> None:
+@given(parts=PARTS)
+def test_rows_of_several_folders_come_back_as_one(parts: list[Part]) -> None:
     with tempfile.TemporaryDirectory() as parent:
-        writer = StoreWriter(Path(parent) / "new" / "folder", flags)
-        for row in rows:
-            trained = [flag for _, flag in row]
-            writer.add([token for token, _ in row], trained if flags else None)
-        writer.close()
-        opened = TokenStore(Path(parent) / "new" / "folder")
-        assert rows_of(opened) == [[token for token, _ in row] for row in rows]
-        assert len(opened) == len(rows)
-        assert opened.lengths.tolist() == [len(row) for row in rows]
-        assert opened.num_tokens == sum(map(len, rows))
-        if flags and opened.num_tokens:
-            assert opened.trained is not None
-            assert opened.trained.tolist() == [flag for row in rows for _, flag in row]
-        else:
-            assert opened.trained is None
+        opened = write(Path(parent), parts)
+        rows = [[token for token, _ in row] for rows, _ in parts for row in rows]
+        ends = np.cumsum([0, *map(len, rows)])
+        assert (len(opened), opened.num_tokens) == (len(rows), ends[-1])
+        assert opened.row_offsets.tolist() == np.cumsum([0, *(len(rows) for rows, _ in parts)]).tolist()
+        spans = opened.spans(np.arange(len(rows)))
+        assert spans.tolist() == np.stack([ends[:-1], ends[1:]], axis=1).tolist()
+        assert [opened.row(index).tolist() for index in range(len(rows))] == rows
 
 
-def test_a_store_travels_as_its_folders_name(make_store: MakeStore) -> None:
-    carried = pickle.dumps(make_store([list(range(5000))]))
-    assert len(carried) < 1000
-    assert rows_of(pickle.loads(carried)) == [list(range(5000))]
+@settings(max_examples=40)
+@given(parts=PARTS, data=st.data())
+def test_spans_of_rows_in_any_order_and_more_than_once(parts: list[Part], data: st.DataObject) -> None:
+    with tempfile.TemporaryDirectory() as parent:
+        opened = write(Path(parent), parts)
+        asked = data.draw(st.lists(st.integers(0, len(opened) - 1), max_size=6)) if len(opened) else []
+        every = opened.spans(np.arange(len(opened))).tolist()
+        assert opened.spans(np.array(asked, np.int64)).tolist() == [every[row] for row in asked]
 
 
-class Builder:
-    """Fills a folder with one number, and counts how often it was asked to."""
-
-    def __init__(self, number: int = 7) -> None:
-        self.number, self.num_calls = number, 0
-
-    def __call__(self, folder: Path) -> Ledger:
-        self.num_calls += 1
-        writer = StoreWriter(folder / "train", flags=False)
-        writer.add([self.number])
-        writer.close()
-        return Ledger(rows_read=1, rows_kept=1)
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    path = tmp_path / "rows.jsonl"
-    path.write_text("{}\n", encoding="utf-8")
-    return path
-
-
-@pytest.fixture
-def cache(tmp_path: Path) -> Path:
-    return tmp_path / "cache"
-
-
-def test_built_once_and_then_found(tokenizer: PreTrainedTokenizerBase, cache: Path, source: Path) -> None:
-    build = Builder()
-    first, ledger = prepare_once(str(cache), "pt", [source], tokenizer, {"a": 1}, build)
-    again, same_ledger = prepare_once(str(cache), "pt", [source], tokenizer, {"a": 1}, build)
-    assert build.num_calls == 1
-    assert first == again
-    assert ledger == same_ledger == Ledger(rows_read=1, rows_kept=1)
-    assert rows_of(TokenStore(first / "train")) == [[7]]
-    assert list(cache.iterdir()) == [first]
+@settings(max_examples=80)
+@given(parts=PARTS)
+def test_any_stretch_knows_its_tokens_flags_folder_and_row(parts: list[Part]) -> None:
+    tokens = [pair for rows, _ in parts for row in rows for pair in row]
+    rows = [(number, flags, row) for number, (rows, flags) in enumerate(parts) for row in rows]
+    # Of every token: its folder, whether that has flags, the length of its row, and whether it begins the row.
+    facts = [(number, flags, len(row), at == 0) for number, flags, row in rows for at in range(len(row))]
+    with tempfile.TemporaryDirectory() as parent:
+        opened = write(Path(parent), parts)
+        spans = stretches(parts)
+        expected = [facts[start] for start in spans[:, 0].tolist()]
+        assert opened.parts_of(spans).tolist() == [number for number, *_ in expected]
+        lengths, begins = opened.rows_of(spans)
+        assert lengths.tolist() == [length for _, _, length, _ in expected]
+        assert begins.tolist() == [first for *_, first in expected]
+        all_flags = iter(opened.flags_of(spans))
+        for (start, end), (_, flagged, *_) in zip(spans.tolist(), expected, strict=True):
+            ids, flags = opened.read(start, end)
+            assert ids.tolist() == [token for token, _ in tokens[start:end]]
+            assert (flags is not None) == flagged
+            if flagged:
+                assert flags.tolist() == next(all_flags).tolist() == [flag for _, flag in tokens[start:end]]
+        assert next(all_flags, None) is None
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, OSError])
-def test_an_interrupted_build_does_not_pass_for_complete(
-    tokenizer: PreTrainedTokenizerBase, cache: Path, source: Path, error: type[BaseException]
+def test_a_row_without_tokens_is_our_own_mistake(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="without tokens"):
+        write(tmp_path, [([[(7, True)], []], False)])
+
+
+def test_nothing_is_read_when_a_store_is_opened(tmp_path: Path) -> None:
+    opened = write(tmp_path, [([[(7, True)] * 1000], True)])
+    assert all(isinstance(values.base, np.memmap) for part in opened.parts for values in part.values())
+
+
+BATCHES = st.lists(ROWS, max_size=4)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@settings(max_examples=80)
+@given(
+    committed=BATCHES,
+    lost=BATCHES,
+    resumed=BATCHES,
+    flags=st.booleans(),
+    torn=st.dictionaries(st.sampled_from(["ids", "starts", "trained"]), st.integers(0, 40)),
+    half_a_state=st.booleans(),
+)
+def test_a_writer_goes_on_from_the_last_commit_wherever_it_was_killed(
+    committed: list[list[Tokens]],
+    lost: list[list[Tokens]],
+    resumed: list[list[Tokens]],
+    flags: bool,
+    torn: dict[str, int],
+    half_a_state: bool,
 ) -> None:
-    def interrupted(folder: Path) -> Ledger:
-        Builder(number=666)(folder)
-        (folder / "left over").write_text("x", encoding="utf-8")
-        raise error("stopped")
+    """Of what was added after the commit, any number of bytes of each file may have reached the disk."""
+    with tempfile.TemporaryDirectory() as parent:
+        broken, whole = Path(parent) / "broken", Path(parent) / "whole"
+        first = StoreWriter(broken, flags)
+        assert first.state == {}
+        for number, rows in enumerate(committed):
+            add(first, rows, flags)
+            first.commit(num_batches=number + 1)
+        sizes = first.state.get("sizes", {})
+        for rows in lost:
+            add(first, rows, flags)
+        for name, stream in first.streams.items():
+            stream.flush()
+            stream.truncate(min(stream.tell(), sizes.get(name, 0) + torn.get(name, 0)))
+            stream.close()
+        if half_a_state:
+            (broken / f"{STATE}.new").write_text('{"num_ba', encoding="utf-8")
 
-    build = Builder()
-    complete, _ = prepare_once(str(cache / "other"), "pt", [source], tokenizer, {}, build)
-    with pytest.raises(error):
-        prepare_once(str(cache), "pt", [source], tokenizer, {}, interrupted)
-    assert not (cache / complete.name).exists()
-    folder, _ = prepare_once(str(cache), "pt", [source], tokenizer, {}, build)
-    assert (build.num_calls, folder) == (2, cache / complete.name)
-    assert rows_of(TokenStore(folder / "train")) == [[7]]
-    assert sorted(file.name for file in folder.iterdir()) == sorted(file.name for file in complete.iterdir())
-    assert [path.name for path in cache.iterdir() if path.name != "other"] == [folder.name]
-
-
-def test_anything_that_matters_makes_another_folder(
-    tokenizer: PreTrainedTokenizerBase, cache: Path, source: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    build = Builder()
-
-    def prepare(stage: str = "pt", with_tokenizer: PreTrainedTokenizerBase = tokenizer, **settings: object) -> Path:
-        return prepare_once(str(cache), stage, [source], with_tokenizer, settings, build)[0]
-
-    folders = [prepare(), prepare(a=1), prepare(a=2), prepare(stage="sft"), prepare("pt", train_tokenizer(["x"], 259))]
-    source.write_text('{"a": 1}\n', encoding="utf-8")
-    folders.append(prepare())
-    monkeypatch.setattr(tokenizer, "chat_template", "another")
-    folders.append(prepare())
-    assert len(set(folders)) == len(folders) == build.num_calls
-
-
-def test_an_edit_of_the_package_makes_another_folder(
-    tokenizer: PreTrainedTokenizerBase, cache: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    package = tmp_path / "package"
-    package.mkdir()
-    monkeypatch.setattr(store, "__file__", str(package / "store.py"))
-    build = Builder()
-    for name in store.ROW_MODULES:
-        (package / f"{name}.py").write_text("", encoding="utf-8")
-    for content in ("one = 1", "one = 1", "one = 2"):
-        (package / "chat.py").write_text(content, encoding="utf-8")
-        prepare_once(str(cache), "pt", [source], tokenizer, {}, build)
-    assert build.num_calls == 2
+        second, uninterrupted = StoreWriter(broken, flags), StoreWriter(whole, flags)
+        assert second.state.get("num_batches", 0) == len(committed)
+        for rows in resumed:
+            add(second, rows, flags)
+            second.commit(num_batches=0)
+        for rows in [*committed, *resumed]:
+            add(uninterrupted, rows, flags)
+        second.close()
+        uninterrupted.close()
+        (broken / f"{STATE}.new").unlink(missing_ok=True)
+        assert contents(broken) == contents(whole)
+        assert STATE not in contents(whole)
 
 
-def test_using_the_tokenizer_changes_nothing(tokenizer: PreTrainedTokenizerBase, cache: Path, source: Path) -> None:
-    """Within one run it is used between the preparation of one data set and the next."""
-    build = Builder()
-    prepare_once(str(cache), "pt", [source], tokenizer, {}, build)
-    tokenizer(["a", "b c d"], split_special_tokens=True)
-    tokenizer.pad({"input_ids": [[1], [2, 3]]})
-    prepare_once(str(cache), "pt", [source], tokenizer, {}, build)
-    assert build.num_calls == 1
+@pytest.mark.parametrize("flags", [False, True])
+def test_a_commit_is_on_disk_before_it_is_named(tmp_path: Path, flags: bool) -> None:
+    """Whoever finds a state finds all the bytes that it speaks of."""
+    writer = StoreWriter(tmp_path / "rows", flags)
+    for number in range(5):
+        add(writer, [[(number, True)] * 3000], flags)
+        writer.commit(num_batches=number + 1)
+        state = json.loads((tmp_path / "rows" / STATE).read_text(encoding="utf-8"))
+        assert state["num_batches"] == number + 1
+        assert state["sizes"]["ids"] == 4 * 3000 * (number + 1)
+        for name, size in state["sizes"].items():
+            assert (tmp_path / "rows" / name).stat().st_size == size
+    assert ("trained" in state["sizes"]) == flags

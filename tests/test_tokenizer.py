@@ -10,8 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from mini_qwen.chat import TEMPLATE, encode_text
+from mini_qwen import encoding
+from mini_qwen.chat import TEMPLATE
 from mini_qwen.tokenizer import CONTROL_TOKENS, bytes_per_token, load_tokenizer, train_tokenizer
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    return [ids.tolist() for ids in encoding.encode_text(tokenizer, texts)]
+
 
 # Unassigned characters are left out: Python and the tokenizer may know different versions of Unicode.
 TEXT = st.text(st.characters(exclude_categories=["Cs", "Cn"]), max_size=40)

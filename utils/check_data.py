@@ -10,7 +10,6 @@ recipe. The exit status is 1 when the stage would stop.
 """
 
 import argparse
-import re
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -20,42 +19,14 @@ import numpy as np
 
 from mini_qwen.cache import BATCH_SIZE, Preparation
 from mini_qwen.chat import TokenRow
-from mini_qwen.conversations import ConversationData, conversation_preparation
-from mini_qwen.documents import DocumentData, document_preparation
 from mini_qwen.encoding import encode_text, text_encoder
 from mini_qwen.inspection import count_control_text, find_duplicates, language_shares, length_histogram
 from mini_qwen.ledger import Ledger
-from mini_qwen.mixture import find_sources, read_phases
-from mini_qwen.model import NewModel, TrainedModel
-from mini_qwen.preferences import PreferenceData, pair_preparation
 from mini_qwen.preview import mark_trained
-from mini_qwen.recipe import parse_recipe
 from mini_qwen.rows import Row, check_columns
-from mini_qwen.tokenizer import load_tokenizer
-from mini_qwen.training import AnswerConfig, PreferenceConfig, PTConfig
+from mini_qwen.stages import STAGES, open_stage
 
-STAGES = {
-    "pt": (DocumentData, PTConfig, NewModel),
-    "sft": (ConversationData, AnswerConfig, TrainedModel),
-    "dpo": (PreferenceData, PreferenceConfig, TrainedModel),
-}
 SAMPLE_ROWS, SAMPLE_TOKENS = 3, 150
-
-
-def find_stage(recipe: str, stage: str | None) -> str:
-    """The stage, or the one that the recipe's name has as a word: `pt_fast.yaml` is of pt."""
-    named = [word for word in re.split(r"[^a-z]+", Path(recipe).stem) if word in STAGES]
-    if stage is None and len(named) != 1:
-        raise SystemExit(f"{recipe} does not say in its name which stage it is for. Add --stage {', '.join(STAGES)}.")
-    return stage or named[0]
-
-
-def make_preparation(stage: str, data: Any, max_length: int, tokenizer: Any) -> Preparation:
-    if stage == "pt":
-        return document_preparation(tokenizer)
-    if stage == "sft":
-        return conversation_preparation(data, tokenizer, max_length)
-    return pair_preparation(tokenizer, max_length)
 
 
 def read_some(files: list[Path], preparation: Preparation, num_rows: int) -> Iterator[Row]:
@@ -132,30 +103,22 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--stage", choices=list(STAGES), help="default: from the recipe's name")
     parser.add_argument("--tokenizer", help="default: the recipe's")
     args, overrides = parser.parse_known_args(argv)
-    stage = find_stage(args.recipe, args.stage)
-    words = ["--config", args.recipe, "--prepare_only", "true", *overrides]
-    data, training, model = parse_recipe(*STAGES[stage], argv=words, default=args.recipe)
-    tokenizer = load_tokenizer(args.tokenizer or getattr(model, "tokenizer" if stage == "pt" else "checkpoint"))
-    max_length = data.block_size if stage == "pt" else training.max_length
-    preparation = make_preparation(stage, data, max_length, tokenizer)
+    opened = open_stage(args.recipe, overrides, args.stage, args.tokenizer)
+    check_columns(opened.sources, opened.preparation.choices)
+    ledger, token_rows, texts = read_sample(opened.files, opened.preparation, args.rows)
 
-    sources = find_sources(read_phases(data.train_files))
-    check_columns(sources, preparation.choices)
-    files = [file for found in sources.values() for file in found]
-    ledger, token_rows, texts = read_sample(files, preparation, args.rows)
-
-    print(f"{args.recipe}, stage {stage}: the first {ledger.rows_read:,} rows of {len(files):,} files")
-    print(f"rows:   {ledger.rows_kept:,} kept, {ledger.rows_shortened:,} of them shortened to {max_length:,} tokens")
+    print(f"{args.recipe}, stage {opened.stage}: the first {ledger.rows_read:,} rows of {ledger.files:,} files")
+    print(f"rows:   {ledger.rows_kept:,} kept, {ledger.rows_shortened:,} shortened to {opened.max_length:,} tokens")
     for reason, count in ledger.rows_dropped.most_common():
         print(f"        {count:,} dropped: {reason} (first: {ledger.first_places[reason]})")
-    samples = as_samples(stage, token_rows)
-    print("\n" + length_histogram([len(row.ids) for row in samples], max_length))
-    print_texts(texts, tokenizer)
+    samples = as_samples(opened.stage, token_rows)
+    print("\n" + length_histogram([len(row.ids) for row in samples], opened.max_length))
+    print_texts(texts, opened.tokenizer)
     for number, row in enumerate(samples[:SAMPLE_ROWS]):
-        print_row(tokenizer, row, number)
+        print_row(opened.tokenizer, row, number)
     share = ledger.rows_dropped.total() / max(ledger.rows_read, 1)
-    if not token_rows or share > data.max_drop_share:
-        allowed = f"max_drop_share is {data.max_drop_share:.0%}"
+    if not token_rows or share > opened.keys.max_drop_share:
+        allowed = f"max_drop_share is {opened.keys.max_drop_share:.0%}"
         raise SystemExit(f"\nThe stage would stop: {share:.1%} of these rows are dropped, {allowed}.")
 
 
