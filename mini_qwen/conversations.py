@@ -165,6 +165,8 @@ def add_replay(
     files = find_sources([dict.fromkeys(data.replay_files, 1.0)])
     sources |= prepare_parts(data.cache_dir, files, document_preparation(tokenizer))
     available = sum(part.num_tokens for path in files for part in sources[path])
+    if not available:
+        raise SystemExit(f"There is no text to replay in {', '.join(data.replay_files)}. Name other replay_files.")
     mixed = []
     for phase in phases:
         spoken = sum(tokens[path] * passes for path, passes in phase.items())
@@ -178,9 +180,8 @@ def prepare_conversations(
 ) -> tuple[Blocks, Blocks | None, Ledger]:
     """Training blocks of at most `max_length` tokens, held-out blocks (None when eval_rows is 0), and the ledger."""
     phases = read_phases(data.train_files)
-    prepared = prepare_parts(
-        data.cache_dir, find_sources(phases), conversation_preparation(data, tokenizer, max_length)
-    )
+    preparation = conversation_preparation(data, tokenizer, max_length)
+    prepared = prepare_parts(data.cache_dir, find_sources(phases), preparation)
     held_out_of = list(prepared)
     if data.replay_files:
         phases = add_replay(data, phases, prepared, tokenizer)

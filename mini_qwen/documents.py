@@ -128,6 +128,10 @@ def prepare_documents(
 
     Raises SystemExit when all documents together are shorter than one block.
     """
+    if data.block_size < 2:
+        raise SystemExit(
+            f"block_size is {data.block_size}; a block needs 2 tokens at least, one to predict the other."
+        )
     phases = read_phases(data.train_files)
     prepared = prepare_parts(data.cache_dir, find_sources(phases), document_preparation(tokenizer))
     plan = Arrangement(

@@ -76,7 +76,7 @@ def open_parquet(file: Path) -> pq.ParquetFile:
         _ = parquet.schema_arrow.names  # decoded here, where damage to them is understood
         return parquet
     except (*DAMAGE, UnicodeDecodeError) as error:
-        raise SystemExit(f"{file} cannot be read as parquet: it is {describe_damage(file)}. ({error})") from None
+        raise SystemExit(f"{file} cannot be read as parquet: it is {describe_damage(file)}. {brief(error)}") from None
 
 
 def describe_damage(file: Path) -> str:
@@ -93,6 +93,11 @@ def describe_damage(file: Path) -> str:
     if head.lstrip().startswith(b"<"):
         return "a web page, not data: the download failed; fetch it again"
     return "broken or cut off; fetch it again"
+
+
+def brief(error: Exception) -> str:
+    """A library's own words as one line in brackets, which a page of metadata may be part of."""
+    return f"({' '.join(str(error).split()):.300})"
 
 
 def check_content(file: Path) -> None:

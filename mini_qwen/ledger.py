@@ -68,7 +68,12 @@ class Ledger:
             for reason, count in self.rows_dropped.most_common()
         )
         if not self.rows_kept:
-            raise SystemExit(f"No row is left to train on: of {self.rows_read:,} read, dropped: {reasons or 'none'}.")
+            why = f"of {self.rows_read:,} read, dropped: {reasons or 'none'}"
+            if not self.rows_read:
+                why = f"the files, {self.files:,} in all, have none"
+            raise SystemExit(
+                f"No row is left to train on: {why}. Correct the data, or name other files in train_files."
+            )
         if dropped > max_drop_share * rows:
             raise SystemExit(
                 f"{dropped:,} of {rows:,} rows were dropped: {reasons}. That is more than the share of "
@@ -117,7 +122,7 @@ class Ledger:
                 f"{self.rows_cut:,} rows in more than one block, {self.short_rows_cut:,} of them no longer than one"
             )
         if len(self.tokens_by_source) > 1:
-            total = self.tokens_by_source.total()
+            total = self.tokens_by_source.total() or 1
             shares = (f"{name} {count:,} ({count / total:.1%})" for name, count in self.tokens_by_source.items())
             lines.append("source: " + ", ".join(shares))
         return "\n".join(lines)

@@ -5,6 +5,7 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -56,8 +57,10 @@ def find_sources(phases: list[Phase]) -> dict[str, list[Path]]:
     sources: dict[str, list[Path]] = {}
     seen: set[Path] = set()
     for path in dict.fromkeys(path for phase in phases for path in phase):
-        sources[path] = [file for file in find_files([path]) if file not in seen]
-        seen.update(sources[path])
+        sources[path] = [file for file in find_files([path]) if file.resolve() not in seen]
+        seen.update(file.resolve() for file in sources[path])
+        if not sources[path]:
+            raise SystemExit(f"All files of '{path}' are in paths named before it. Name it first, or leave it out.")
     return sources
 
 
@@ -102,7 +105,7 @@ class Arrangement(NamedTuple):
     eval_rows: int  # cut off from the rows of the paths in `held_out_of`
     held_out_of: list[str]
     packing: str  # the name of `pack`
-    pack: Callable[[np.ndarray, int], Packed]
+    pack: Callable[..., Packed]  # (spans, size)
     block_size: int
     isolate: bool
     seed: int
@@ -126,17 +129,14 @@ def arrange(
             rows[path] = range(first, first + sum(part.ledger.rows_kept for part in parts))
             first = rows[path].stop
         num_rows = sum(len(rows[path]) for path in plan.held_out_of)
-        held_out = choose_held_out(num_rows, plan.eval_rows, plan.seed)
+        held_out = choose_held_out(num_rows, plan.eval_rows if num_rows else 0, plan.seed)  # if none, the ledger stops
         ledger = Ledger()
         for part in every_part:
             ledger.add(part.ledger)
         count_taken(ledger, store, plan, rows, held_out)
 
-        def pack(spans: np.ndarray) -> Packed:
-            return plan.pack(spans, plan.block_size)
-
         windows = phase_rows(plan.phases, rows, held_out, plan.seed)
-        block_size, isolate = plan.block_size, plan.isolate
+        block_size, isolate, pack = plan.block_size, plan.isolate, partial(plan.pack, size=plan.block_size)
         ledger.add(write_blocks(folder / "train", store, windows, pack, block_size, isolate, seed=plan.seed))
         count_sources(ledger, Blocks(folder / "train"), rows)
         if plan.eval_rows:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from mini_qwen.files import DAMAGE, check_content, describe_damage, kind, open_bytes, open_parquet
+from mini_qwen.files import DAMAGE, brief, check_content, describe_damage, kind, open_bytes, open_parquet
 
 csv.field_size_limit(sys.maxsize)
 JSON_READ_SIZE = 1 << 20  # characters
@@ -46,7 +46,7 @@ def read_rows(files: list[Path], columns: list[str] | None) -> Iterator[Row]:
                 values = next(rows, None)
             except DAMAGE as error:
                 what = describe_damage(file) if number == 0 else "damaged; fetch it again"
-                raise SystemExit(f"{file} cannot be read beyond row {number}: it is {what}. ({error})") from None
+                raise SystemExit(f"{file} cannot be read beyond row {number}: it is {what}. {brief(error)}") from None
             if values is None:
                 break
             yield Row(file, number, {}, values) if isinstance(values, str) else Row(file, number, values)
@@ -55,23 +55,21 @@ def read_rows(files: list[Path], columns: list[str] | None) -> Iterator[Row]:
 
 def read_parquet(file: Path, columns: list[str] | None) -> Iterator[Fields | str]:
     with open_parquet(file) as parquet:
-        layout = parquet.metadata
-        in_groups = sum(layout.row_group(group).num_rows for group in range(layout.num_row_groups))
-        if layout.num_rows != in_groups:
-            raise SystemExit(
-                f"{file} is damaged: it has {in_groups:,} rows and should have {layout.num_rows:,}; fetch it again."
-            )
-        if not in_groups:
-            return
+        num_rows, layout = 0, parquet.metadata
         names = parquet.schema_arrow.names
         present = names if columns is None else [name for name in columns if name in names]
         for batch in parquet.iter_batches(batch_size=200, columns=present, use_threads=False):
+            num_rows += len(batch)
             try:
                 rows = batch.to_pylist()
             except (ValueError, OverflowError):
                 yield from (read_record(batch.slice(index, 1)) for index in range(len(batch)))
             else:
                 yield from rows
+        in_groups = sum(layout.row_group(group).num_rows for group in range(layout.num_row_groups))
+        for wanted in (layout.num_rows, in_groups):  # also none: a damaged file must not pass for an empty one
+            if num_rows != wanted:
+                raise SystemExit(f"{file} is damaged: it has {num_rows:,} rows, not {wanted:,}; fetch it again.")
 
 
 def read_record(batch: pa.RecordBatch) -> Fields | str:
@@ -142,8 +140,8 @@ def read_json(file: Path, columns: list[str] | None) -> Iterator[Fields | str]:
                 if rest.strip() == end_of_list:
                     return
                 raise SystemExit(
-                    f"{file}, row {number} is not valid JSON ({error}): {rest[:40]!r}. Correct it, or fetch the file "
-                    "again if it is cut off."
+                    f"{file}, row {number} is not valid JSON {brief(error)}: {rest[:40]!r}. Correct it, or fetch the "
+                    "file again if it is cut off."
                 ) from None
             yield choose(record, columns)
             number += 1

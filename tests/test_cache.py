@@ -327,7 +327,7 @@ def test_an_interrupted_preparation_is_no_complete_one_and_goes_on_from_its_comm
 
 
 def run_in_child(target: Callable[..., None], *args: Any) -> Any:
-    child = processes.Process(target=target, args=args)
+    child = processes.Process(target=target, args=args, daemon=True)
     child.start()
     return child
 
@@ -377,7 +377,7 @@ def test_a_preparation_killed_at_any_moment_goes_on_to_the_same_rows(
 
     for moment, number in kills:
         child = run_in_child(prepare_and_die, moment, number)
-        child.join()
+        child.join(timeout=60)
         assert child.exitcode in (-signal.SIGKILL, 0)
         complete = [path for path in folder.glob(f"{stage}-*") if path.suffix != ".partial"]
         assert len(complete) == (child.exitcode == 0)
@@ -421,7 +421,7 @@ def test_two_processes_at_once_prepare_once(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     file, expected = uninterrupted["pt"]
-    log, found = tmp_path / "log", processes.SimpleQueue()
+    log, found = tmp_path / "log", processes.Queue()
     together = processes.Barrier(2)
 
     def work() -> None:
@@ -430,9 +430,9 @@ def test_two_processes_at_once_prepare_once(
         found.put(prepare(tmp_path / "cache", file, slow.preparation))
 
     children = [run_in_child(work) for _ in range(2)]
-    parts = [found.get() for _ in children]
+    parts = [found.get(timeout=60) for _ in children]
     for child in children:
-        child.join()
+        child.join(timeout=60)
         assert child.exitcode == 0
     assert parts[0] == parts[1]
     assert contents(parts[0].folder) == expected
@@ -446,7 +446,7 @@ def test_who_waits_goes_on_where_the_first_was_killed(
 ) -> None:
     file, expected = uninterrupted["pt"]
     folder, logs = tmp_path / "cache", [tmp_path / "first", tmp_path / "second"]
-    found = processes.SimpleQueue()
+    found = processes.Queue()
 
     def work(log: Path, seconds: float) -> None:
         found.put(prepare(folder, file, Slow(document_preparation(tokenizer), log, seconds).preparation))
@@ -466,8 +466,8 @@ def test_who_waits_goes_on_where_the_first_was_killed(
     assert logs[1].read_text(encoding="utf-8") == ""
     assert first.is_alive()
     first.kill()
-    part = found.get()
-    second.join()
+    part = found.get(timeout=60)
+    second.join(timeout=60)
     encoded = sorted(map(int, logs[1].read_text(encoding="utf-8").split()))
     assert encoded == list(range(encoded[0], 24))
     assert encoded[0] >= 2

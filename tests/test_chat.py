@@ -1,15 +1,18 @@
 """mini_qwen/chat.py: what is trained, and that no text whatever can write a control token."""
 
 import re
+import time
 import unicodedata
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from mini_qwen.chat import BadRow, Turn, encode_chat, encode_text, read_turns
+from mini_qwen import chat, encoding
+from mini_qwen.schemas import Turn
 from mini_qwen.tokenizer import CONTROL_TOKENS
 
 SPELLED = [
@@ -52,6 +55,19 @@ def conversations(content: st.SearchStrategy[str]) -> st.SearchStrategy[list[Tur
 TOY_TURNS = make_turns("be brief", [("Where does Anna live?", "Near the river."), ("小雪呢？", "也在\n河边。🙂")])
 
 
+def encode_text(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    return [ids.tolist() for ids in encoding.encode_text(tokenizer, texts)]
+
+
+def encode_chat(
+    tokenizer: PreTrainedTokenizerBase, turns: list[Turn], add_generation_prompt: bool = False
+) -> tuple[list[int], list[bool]]:
+    """Ids and flags as lists, which compare as wholes."""
+    row = chat.encode_chat(tokenizer, turns, add_generation_prompt)
+    assert (row.ids.dtype, row.trained.dtype, row.ids.shape) == (np.uint32, np.bool_, row.trained.shape)
+    return row.ids.tolist(), row.trained.tolist()
+
+
 @pytest.fixture(scope="module", params=["tokenizer", "qwen_tokenizer"])
 def either(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
     """The small tokenizer, then the real one of Qwen2.5."""
@@ -69,12 +85,11 @@ def test_trained_are_exactly_the_answers_and_their_stop_tokens(either: PreTraine
     ids, trained = encode_chat(either, TOY_TURNS)
     stop = either.convert_tokens_to_ids("<|im_end|>")
     first, second = encode_text(either, ["Near the river.", "也在\n河边。🙂"])
-    assert len(ids) == len(trained)
     assert [token for token, flag in zip(ids, trained, strict=True) if flag] == [*first, stop, *second, stop]
 
 
 def test_a_conversation_reads_as_chatml(either: PreTrainedTokenizerBase) -> None:
-    assert either.decode(encode_chat(either, TOY_TURNS).ids) == (
+    assert either.decode(encode_chat(either, TOY_TURNS)[0]) == (
         "<|im_start|>system\nbe brief<|im_end|>\n"
         "<|im_start|>user\nWhere does Anna live?<|im_end|>\n"
         "<|im_start|>assistant\nNear the river.<|im_end|>\n"
@@ -84,9 +99,9 @@ def test_a_conversation_reads_as_chatml(either: PreTrainedTokenizerBase) -> None
 
 
 def test_untrained_without_an_answer(tokenizer: PreTrainedTokenizerBase) -> None:
-    row = encode_chat(tokenizer, TOY_TURNS[:2], add_generation_prompt=True)
-    assert not any(row.trained)
-    assert tokenizer.decode(row.ids).endswith("<|im_end|>\n<|im_start|>assistant\n")
+    ids, trained = encode_chat(tokenizer, TOY_TURNS[:2], add_generation_prompt=True)
+    assert not any(trained)
+    assert tokenizer.decode(ids).endswith("<|im_end|>\n<|im_start|>assistant\n")
 
 
 @settings(max_examples=300)
@@ -124,7 +139,7 @@ def test_control_tokens_of_a_conversation_are_the_templates(
 def test_contents_are_read_back_between_the_control_tokens(either: PreTrainedTokenizerBase, turns: list[Turn]) -> None:
     """However a content looks, the stretch between its `<|im_start|>` and `<|im_end|>` decodes to role and text."""
     start, end = either.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
-    ids = encode_chat(either, turns).ids
+    ids, _ = encode_chat(either, turns)
     openings = [at for at, token in enumerate(ids) if token == start]
     closings = [at for at, token in enumerate(ids) if token == end]
     assert len(openings) == len(closings) == len(turns)
@@ -139,11 +154,11 @@ def test_contents_are_read_back_between_the_control_tokens(either: PreTrainedTok
 def test_a_prompt_is_a_prefix_of_the_conversation_it_becomes(
     either: PreTrainedTokenizerBase, turns: list[Turn]
 ) -> None:
-    whole = encode_chat(either, turns).ids
+    whole, _ = encode_chat(either, turns)
     for number, turn in enumerate(turns):
         if turn["role"] == "assistant":
-            prompt = encode_chat(either, turns[:number], add_generation_prompt=True).ids
-            answered = encode_chat(either, turns[: number + 1]).ids
+            prompt, _ = encode_chat(either, turns[:number], add_generation_prompt=True)
+            answered, _ = encode_chat(either, turns[: number + 1])
             assert answered[: len(prompt)] == prompt
             assert whole[: len(answered)] == answered
 
@@ -164,19 +179,34 @@ def starts_with_line_break(text: str) -> bool:
 )
 def test_same_ids_as_transformers_template(either: PreTrainedTokenizerBase, turns: list[Turn], prompt: bool) -> None:
     expected = either.apply_chat_template(turns, add_generation_prompt=prompt, return_dict=True)
-    assert encode_chat(either, turns, add_generation_prompt=prompt).ids == expected["input_ids"]
+    assert encode_chat(either, turns, add_generation_prompt=prompt)[0] == expected["input_ids"]
 
 
 def test_same_mask_as_transformers_template(either: PreTrainedTokenizerBase) -> None:
     expected = either.apply_chat_template(TOY_TURNS, return_dict=True, return_assistant_tokens_mask=True)
-    assert encode_chat(either, TOY_TURNS).trained == [bool(flag) for flag in expected["assistant_masks"]]
+    assert encode_chat(either, TOY_TURNS)[1] == [bool(flag) for flag in expected["assistant_masks"]]
 
 
 def test_known_contents_stand_for_the_texts(tokenizer: PreTrainedTokenizerBase) -> None:
     turns = make_turns(None, [("one", "two")])
-    contents = encode_text(tokenizer, ["three", "four"])
-    expected = encode_chat(tokenizer, make_turns(None, [("three", "four")]))
-    assert encode_chat(tokenizer, turns, contents=contents) == expected
+    contents = encoding.encode_text(tokenizer, ["three", "four"])
+    row = chat.encode_chat(tokenizer, turns, contents=contents)
+    assert (row.ids.tolist(), row.trained.tolist()) == encode_chat(tokenizer, make_turns(None, [("three", "four")]))
+
+
+def test_a_conversation_of_thousands_of_turns_takes_no_time(tokenizer: PreTrainedTokenizerBase) -> None:
+    """There are more turns than private-use characters, and the placeholders still do not meet."""
+    exchanges = [(f"question {number}", f"answer {number}") for number in range(4000)]
+    started = time.monotonic()
+    ids, trained = encode_chat(tokenizer, make_turns("be brief", exchanges))
+    assert time.monotonic() - started < 10
+    rendered = "".join(
+        f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n"
+        for question, answer in exchanges
+    )
+    assert tokenizer.decode(ids) == "<|im_start|>system\nbe brief<|im_end|>\n" + rendered
+    learnt = tokenizer.decode([token for token, flag in zip(ids, trained, strict=True) if flag])
+    assert learnt == "".join(f"{answer}<|im_end|>" for _, answer in exchanges)
 
 
 def test_template_has_no_hidden_system_turn(either: PreTrainedTokenizerBase) -> None:
@@ -190,46 +220,3 @@ def test_template_refuses_an_unknown_role(tokenizer: PreTrainedTokenizerBase) ->
         tokenizer.apply_chat_template(turns, tokenize=False)
     with pytest.raises(TemplateError, match="tool"):
         encode_chat(tokenizer, turns)
-
-
-def test_both_spellings_of_turns_are_read() -> None:
-    expected = make_turns("s", [("q", "a")])
-    sharegpt = [{"from": "system", "value": "s"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
-    assert read_turns(sharegpt, "here") == expected
-    assert read_turns(expected, "here") == expected
-
-
-def test_contents_are_kept_to_the_letter() -> None:
-    assert read_turns([{"role": "user", "content": "\n x \n"}], "here")[0]["content"] == "\n x \n"
-
-
-@pytest.mark.parametrize("key", ["from", "role"])
-def test_unknown_role_names_file_row_and_role(key: str) -> None:
-    turns = [{key: "observation", {"from": "value", "role": "content"}[key]: "text"}]
-    with pytest.raises(SystemExit, match=r"rows\.parquet, row 7.*observation"):
-        read_turns(turns, "rows.parquet, row 7")
-
-
-@pytest.mark.parametrize(
-    "value",
-    [
-        None,
-        [],
-        "text",
-        7,
-        {"role": "user", "content": "hi"},
-        ["hi"],
-        [None],
-        [{"role": "user"}],
-        [{"role": "user", "content": None}],
-        [{"role": "user", "content": ""}],
-        [{"role": "user", "content": " \n\t\u3000"}],
-        [{"role": "user", "content": 5}],
-        [{"role": "user", "content": ["hi"]}],
-        [{"from": "human", "value": "q"}, {"from": "gpt", "value": ""}],
-    ],
-)
-def test_malformed_turns_are_a_reason_to_drop_the_row(value: object) -> None:
-    with pytest.raises(BadRow) as reason:
-        read_turns(value, "here")
-    assert str(reason.value)

@@ -175,6 +175,15 @@ def test_a_corpus_smaller_than_a_block_says_both_sizes(
             prepare_documents(keys([file], tmp_path, block_size=5000, packing=packing), tokenizer, seed=0)
 
 
+@pytest.mark.parametrize("block_size", [1, 0, -5])
+def test_a_block_without_a_token_to_predict_is_refused(
+    tokenizer: PreTrainedTokenizerBase, write_rows: WriteRows, tmp_path: Path, block_size: int
+) -> None:
+    file = write_rows("rows.jsonl", [{"text": text} for text in TEXTS])
+    with pytest.raises(SystemExit, match=rf"block_size is {block_size};.*2 tokens"):
+        prepare_documents(keys([file], tmp_path, block_size=block_size), tokenizer, seed=0)
+
+
 def test_prepared_rows_are_used_again_until_something_changes(
     tokenizer: PreTrainedTokenizerBase, write_rows: WriteRows, tmp_path: Path
 ) -> None:

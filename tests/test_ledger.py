@@ -202,6 +202,11 @@ def test_the_summary_of_a_full_ledger() -> None:
     ]
 
 
+def test_sources_of_which_nothing_is_taken_have_no_share() -> None:
+    summary = Ledger(tokens_by_source=Counter({"data/web": 0, "data/books": 0})).summary()
+    assert summary.endswith("source: data/web 0 (0.0%), data/books 0 (0.0%)")
+
+
 def test_the_summary_leaves_out_what_there_is_none_of() -> None:
     ledger = Ledger(files=1, rows_read=2, rows_kept=2, tokens_read=5, tokens_trained=5)
     ledger.tokens_by_source["data"] += 5

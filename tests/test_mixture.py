@@ -92,6 +92,7 @@ def test_shares_are_what_they_say() -> None:
 def test_progress_is_free_of_rounding_errors() -> None:
     assert progress_of("a", [{"a": 0.7}, {"b": 1.0}, {"a": 0.2}, {"a": 0.1}]) == [0.0, 0.7, 0.7, 0.9, 1.0]
     assert progress_of("a", [{"a": 0.1}, {"a": 0.7}]) == [0.0, 0.1, 0.8]  # 0.1 + 0.7 is 0.7999999999999999
+    assert progress_of("a", [{"a": 0.12345678}]) == [0.0, 0.12345678]
 
 
 @pytest.mark.parametrize(
@@ -132,6 +133,24 @@ def test_a_file_below_two_paths_belongs_to_the_first(tmp_path: Path) -> None:
     sources = find_sources([{inner: 2.0}, {single: 1.0, outer: 1.0, inner: 0.5}])
     assert sources == {inner: files[1:3], single: [files[3]], outer: [files[0]]}
     assert list(sources) == [inner, single, outer]
+
+
+def test_a_file_by_another_name_is_the_same_file(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a/1.jsonl").touch()
+    (tmp_path / "b/2.jsonl").touch()
+    (tmp_path / "b/link.jsonl").symlink_to(tmp_path / "a/1.jsonl")
+    first, second = f"{tmp_path}/b/../a", str(tmp_path / "b")
+    assert find_sources([{first: 1.0, second: 1.0}])[second] == [tmp_path / "b/2.jsonl"]
+
+
+def test_a_path_that_has_no_file_of_its_own_is_refused(tmp_path: Path) -> None:
+    """Else its weight would be ignored."""
+    (tmp_path / "good").mkdir()
+    (tmp_path / "good/1.jsonl").touch()
+    with pytest.raises(SystemExit, match=r"All files of '.*/good'.*before"):
+        find_sources([{str(tmp_path): 1.0, str(tmp_path / "good"): 2.0}])
 
 
 def test_a_path_that_does_not_exist_is_named(tmp_path: Path) -> None:

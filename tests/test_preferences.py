@@ -4,17 +4,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import WriteRows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from mini_qwen.chat import BadRow, Turn, encode_chat, encode_text
-from mini_qwen.conversations import MIN_PROMPT
+from mini_qwen import chat, encoding, preferences
+from mini_qwen.conversations import MIN_PROMPT, SHORTENED, TOO_LONG
 from mini_qwen.ledger import Ledger
-from mini_qwen.preferences import PreferenceData, fit_pair, preference_rows, prepare_preferences, read_pair
+from mini_qwen.preferences import Pair, PreferenceData, encode_preferences, prepare_preferences, read_preferences
 from mini_qwen.rows import Row
+from mini_qwen.schemas import Turn
 from mini_qwen.tokenizer import train_tokenizer
 
 USER = {"role": "user", "content": "Where?"}
@@ -24,6 +26,40 @@ WORDS = st.lists(st.sampled_from(["river", "小明", "🙂", "apples", "a", "b\n
 
 def answer(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    return [ids.tolist() for ids in encoding.encode_text(tokenizer, texts)]
+
+
+def encode_chat(
+    tokenizer: PreTrainedTokenizerBase, turns: list[Turn], add_generation_prompt: bool = False
+) -> list[int]:
+    return chat.encode_chat(tokenizer, turns, add_generation_prompt).ids.tolist()
+
+
+def as_rows(values: list[dict[str, Any]]) -> list[Row]:
+    return [Row(Path("a.parquet"), number, row) for number, row in enumerate(values)]
+
+
+def read(
+    tokenizer: PreTrainedTokenizerBase, values: list[dict[str, Any]], max_length: int
+) -> tuple[list[Pair], Ledger]:
+    """The pairs, their ids as lists, which compare as wholes; and a ledger that adds up."""
+    ledger = Ledger()
+    pairs = list(read_preferences(as_rows(values), tokenizer, max_length, ledger))
+    if pairs:
+        ledger.check(max_drop_share=1.0)
+    assert all(ids.dtype == np.uint32 for pair in pairs for ids in pair)
+    return [Pair(*(ids.tolist() for ids in pair)) for pair in pairs], ledger
+
+
+def fit_pair(
+    tokenizer: PreTrainedTokenizerBase, turns: list[Turn], chosen: str, rejected: str, max_length: int
+) -> Pair | None:
+    pairs, ledger = read(tokenizer, [{"prompt": turns, "chosen": chosen, "rejected": rejected}], max_length)
+    assert ledger.rows_dropped == ({} if pairs else {TOO_LONG: 1})
+    return pairs[0] if pairs else None
 
 
 def keys(files: list[Path], cache: Path, **changes: Any) -> PreferenceData:
@@ -36,43 +72,22 @@ def numbered_pair(number: int) -> dict[str, Any]:
     return {"prompt": f"question {number}", "chosen": chosen, "rejected": rejected}
 
 
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"prompt": "Where?", "chosen": [answer("yes")], "rejected": [answer("no")]},
-        {"prompt": "Where?", "chosen": "yes", "rejected": "no"},
-        {"prompt": [USER], "chosen": [answer("yes")], "rejected": [answer("no")]},
-        {"prompt": [{"from": "human", "value": "Where?"}], "chosen": "yes", "rejected": "no"},
-        {"chosen": [USER, answer("yes")], "rejected": [USER, answer("no")]},
-        {"prompt": None, "chosen": [USER, answer("yes")], "rejected": [USER, answer("no")]},
-        {"prompt": "Where?", "chosen": [USER, answer("yes")], "rejected": [USER, answer("no")]},
-    ],
-)
-def test_every_schema_reads_the_same(values: dict[str, Any]) -> None:
-    assert read_pair(values, "here") == ([USER], "yes", "no")
-
-
-@pytest.mark.parametrize("implicit", [True, False])
-def test_a_history_before_the_question(implicit: bool) -> None:
-    before = HISTORY if implicit else []
-    sides = {"chosen": [*before, answer("yes")], "rejected": [*before, answer("no")]}
-    assert read_pair(sides if implicit else {"prompt": HISTORY, **sides}, "here") == (HISTORY, "yes", "no")
-
-
 REASONS = {
     "chosen equals rejected": {"prompt": "q", "chosen": [answer("yes")], "rejected": [answer("yes")]},
     "different prompts in chosen and rejected": {
         "chosen": [USER, answer("yes")],
         "rejected": [{"role": "user", "content": "When?"}, answer("no")],
     },
-    "empty assistant turn": {"prompt": "q", "chosen": [answer("yes")], "rejected": [answer(" ")]},
+    "empty turn": {"prompt": "q", "chosen": [answer("yes")], "rejected": [answer(" ")]},
     "no turns": {"prompt": "q", "chosen": [answer("yes")], "rejected": []},
     "last turn is not an answer": {"prompt": "q", "chosen": [USER], "rejected": [answer("no")]},
     "prompt does not end with a question": {"prompt": HISTORY[:2], "chosen": "yes", "rejected": "no"},
-    "empty user turn": {"prompt": "\n", "chosen": "yes", "rejected": "no"},
-    "answer too long for max_length": {"prompt": "q", "chosen": "apples " * 80, "rejected": "no"},
+    "turns of tools": {"prompt": "q", "chosen": "yes", "rejected": [{"role": "tool", "content": "x"}]},
+    "not valid Unicode": {"prompt": "q", "chosen": "yes", "rejected": "\ud800"},
+    TOO_LONG: {"prompt": "q", "chosen": "apples " * 80, "rejected": "no"},
 }
 OTHERS = [
+    {"prompt": "\n", "chosen": "yes", "rejected": "no"},
     {"prompt": "q", "chosen": [answer("")], "rejected": [answer("no")]},
     {"prompt": "q", "chosen": "", "rejected": "no"},
     {"prompt": "q", "chosen": None, "rejected": "no"},
@@ -88,25 +103,25 @@ OTHERS = [
 def test_a_pair_that_teaches_nothing_is_dropped_under_its_reason(
     tokenizer: PreTrainedTokenizerBase, reason: str
 ) -> None:
-    ledger = Ledger()
-    rows = [Row(Path("a.parquet"), 0, REASONS[reason])]
-    assert not list(preference_rows(rows, tokenizer, 100, ledger))
+    pairs, ledger = read(tokenizer, [REASONS[reason]], 100)
+    assert not pairs
     assert ledger.rows_dropped == {reason: 1}
+    assert ledger.first_places == {reason: "a.parquet, row 0"}
 
 
 @pytest.mark.parametrize("values", OTHERS)
 def test_a_pair_without_both_answers_and_a_prompt_is_dropped(
     tokenizer: PreTrainedTokenizerBase, values: dict[str, Any]
 ) -> None:
-    ledger = Ledger()
-    assert not list(preference_rows([Row(Path("a.parquet"), 0, values)], tokenizer, 100, ledger))
+    pairs, ledger = read(tokenizer, [values], 100)
+    assert not pairs
     assert (ledger.rows_read, ledger.rows_kept, ledger.rows_dropped.total()) == (1, 0, 1)
 
 
 def test_unknown_role_names_file_and_row(tokenizer: PreTrainedTokenizerBase) -> None:
-    values = {"prompt": "q", "chosen": [{"role": "tool", "content": "x"}], "rejected": "no"}
-    with pytest.raises(SystemExit, match=r"some\.parquet, row 5.*tool"):
-        list(preference_rows([Row(Path("some.parquet"), 5, values)], tokenizer, 100, Ledger()))
+    values = {"prompt": "q", "chosen": [{"role": "critic", "content": "x"}], "rejected": "no"}
+    with pytest.raises(SystemExit, match=r"some\.parquet, row 5.*critic"):
+        encode_preferences(tokenizer, 100, [Row(Path("some.parquet"), 5, values)])
 
 
 def make_history(exchanges: list[tuple[str, str]], system: str | None, question: str) -> list[Turn]:
@@ -133,19 +148,19 @@ def test_shortening_costs_early_turns_then_the_questions_middle_never_an_answer(
     max_length: int,
 ) -> None:
     def prompt_ids(kept: list[tuple[str, str]]) -> list[int]:
-        return encode_chat(tokenizer, make_history(kept, system, question), add_generation_prompt=True).ids
+        return encode_chat(tokenizer, make_history(kept, system, question), add_generation_prompt=True)
 
     stop = tokenizer.eos_token_id
     chosen_ids, rejected_ids = ([*ids, stop] for ids in encode_text(tokenizer, list(answers)))
     room = max_length - max(len(chosen_ids), len(rejected_ids))
-    try:
-        whole, fitted = fit_pair(tokenizer, make_history(exchanges, system, question), *answers, max_length)
-    except BadRow:
+    if answers[0] == answers[1]:
+        return
+    fitted = fit_pair(tokenizer, make_history(exchanges, system, question), *answers, max_length)
+    if fitted is None:
         (ids,) = encode_text(tokenizer, [question])
         assert len(prompt_ids([])) > room
         assert len(prompt_ids([])) - len(ids) + MIN_PROMPT > room
         return
-    assert whole.prompt_ids == prompt_ids(exchanges)
     assert (fitted.chosen_ids, fitted.rejected_ids) == (chosen_ids, rejected_ids)
     assert len(fitted.prompt_ids) <= room
     assert tokenizer.decode(fitted.prompt_ids).endswith("<|im_end|>\n<|im_start|>assistant\n")
@@ -163,21 +178,60 @@ def test_shortening_costs_early_turns_then_the_questions_middle_never_an_answer(
 def test_a_question_is_cut_to_the_least_that_may_be_left_and_no_further(tokenizer: PreTrainedTokenizerBase) -> None:
     turns = make_history([], "be brief", "apples " * 60)
     (question,) = encode_text(tokenizer, ["apples " * 60])
-    whole, _ = fit_pair(tokenizer, turns, "yes", "no", max_length=1000)
+    whole = fit_pair(tokenizer, turns, "yes", "no", max_length=1000)
+    assert whole is not None
     longest = len(whole.prompt_ids) + max(len(whole.chosen_ids), len(whole.rejected_ids))
     least = longest - len(question) + MIN_PROMPT
-    _, fitted = fit_pair(tokenizer, turns, "yes", "no", max_length=least)
+    fitted = fit_pair(tokenizer, turns, "yes", "no", max_length=least)
+    assert fitted is not None
     assert len(fitted.prompt_ids) == len(whole.prompt_ids) - len(question) + MIN_PROMPT
-    with pytest.raises(BadRow, match="max_length"):
-        fit_pair(tokenizer, turns, "yes", "no", max_length=least - 1)
+    assert fit_pair(tokenizer, turns, "yes", "no", max_length=least - 1) is None
 
 
 def test_prompt_and_chosen_are_the_conversation(tokenizer: PreTrainedTokenizerBase) -> None:
     """As in SFT, but for the template's line break behind the stop token."""
-    pair, _ = fit_pair(tokenizer, HISTORY, "yes 🙂", "no", max_length=200)
-    conversation = encode_chat(tokenizer, [*HISTORY, answer("yes 🙂")]).ids
+    pair = fit_pair(tokenizer, HISTORY, "yes 🙂", "no", max_length=200)
+    assert pair is not None
+    conversation = encode_chat(tokenizer, [*HISTORY, answer("yes 🙂")])
     assert tokenizer.decode(conversation).endswith("<|im_end|>\n")
     assert pair.prompt_ids + pair.chosen_ids == conversation[:-1]
+
+
+def test_a_side_is_the_prompt_and_an_answer_of_which_the_answer_is_to_be_learnt(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    (pair,) = read_preferences(as_rows([numbered_pair(1)]), tokenizer, 100, Ledger())
+    for answer_ids in ("chosen_ids", "rejected_ids"):
+        side = pair.side(answer_ids)
+        assert side.ids.tolist() == [*pair.prompt_ids, *getattr(pair, answer_ids)]
+        assert side.ids[side.trained].tolist() == getattr(pair, answer_ids).tolist()
+
+
+def test_a_pair_is_three_rows_of_the_store(tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = as_rows([numbered_pair(1), REASONS["chosen equals rejected"], numbered_pair(2)])
+    token_rows, ledger = encode_preferences(tokenizer, 100, rows)
+    assert [tokenizer.decode(row.ids).rpartition("user\n")[2] for row in token_rows] == [
+        text
+        for number in (1, 2)
+        for text in (
+            f"question {number}<|im_end|>\n<|im_start|>assistant\n",
+            f"good {number}<|im_end|>",
+            f"bad {number}<|im_end|>",
+        )
+    ]
+    assert (ledger.rows_read, ledger.rows_kept) == (3, 2)
+
+
+def test_text_that_spells_a_control_token_is_counted_and_stays_text(tokenizer: PreTrainedTokenizerBase) -> None:
+    """In the prompt or in either side."""
+    values = [numbered_pair(0), *(numbered_pair(1) | {key: f"a <|im_end|> {key}"} for key in ("prompt", "chosen"))]
+    values.append(numbered_pair(1) | {"rejected": "<|im_start|>"})
+    pairs, ledger = read(tokenizer, values, 100)
+    assert (ledger.rows_kept, ledger.rows_with_control_text) == (4, 3)
+    start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    for pair in pairs:
+        control = [[token for token in ids if token in (start, end)] for ids in pair]
+        assert control == [[start, end, start], [end], [end]]
 
 
 @settings(max_examples=30)
@@ -199,11 +253,13 @@ def test_ledger_adds_up_to_the_pairs(
     for pair in pairs:
         assert pair["chosen_ids"].count(stop) == pair["rejected_ids"].count(stop) == 1
         assert pair["chosen_ids"][-1] == pair["rejected_ids"][-1] == stop
-        assert len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"])) <= 100
+        longer = max(len(pair["chosen_ids"]), len(pair["rejected_ids"]))
+        assert pair["length"] == len(pair["prompt_ids"]) + longer <= 100
     trained = sum(len(pair["chosen_ids"]) + len(pair["rejected_ids"]) for pair in pairs)
     prompts = sum(2 * len(pair["prompt_ids"]) for pair in pairs)
     assert (ledger.tokens_trained, ledger.tokens_masked) == (trained, prompts)
     assert ledger.tokens_read == trained + prompts + ledger.tokens_dropped.total()
+    assert bool(ledger.tokens_dropped[SHORTENED]) == ("long" in picks)
 
 
 def test_trl_finds_its_columns_first(
@@ -225,6 +281,15 @@ def test_test_files_are_read_apart_and_counted_apart(
     assert test is not None
     assert (len(train), len(test), ledger.rows_read) == (5, 2, 5)
     assert [tokenizer.decode(pair["chosen_ids"]) for pair in test] == ["good 5<|im_end|>", "good 6<|im_end|>"]
+
+
+def test_more_pairs_than_are_written_at_once(
+    tokenizer: PreTrainedTokenizerBase, write_rows: WriteRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preferences, "PAIRS_AT_ONCE", 3)
+    files = [write_rows(f"{n}.parquet", [numbered_pair(number) for number in range(n, n + 4)]) for n in (0, 4)]
+    pairs, _, _ = prepare_preferences(keys(files, tmp_path / "cache"), tokenizer, 100)
+    assert [tokenizer.decode(pair["rejected_ids"]) for pair in pairs] == [f"bad {n}<|im_end|>" for n in range(8)]
 
 
 def test_too_many_dropped_pairs_stop_the_run(

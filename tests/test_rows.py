@@ -103,7 +103,7 @@ def test_a_parquet_that_says_it_has_fewer_rows_is_named(tmp_path: Path) -> None:
     at = content.index(in_all, start)
     file.write_bytes(content[:at] + bytes([0x16, 0]) + content[at + 2 :])
     assert pq.ParquetFile(file).metadata.num_rows == 0
-    with pytest.raises(SystemExit, match=r"rows\.parquet is damaged: it has 8 rows and should have 0; fetch it again"):
+    with pytest.raises(SystemExit, match=r"rows\.parquet is damaged: it has 8 rows, not 0; fetch it again"):
         read_all([file])
 
 
