@@ -28,6 +28,7 @@ from mini_qwen.store import STATE, StoreWriter
 ROW_MODULES = ("cache", "chat", "conversations", "documents", "encoding", "files", "ledger", "preferences")
 ROW_MODULES += ("rows", "schemas", "store")
 BATCH_SIZE = 200  # rows
+BATCH_CHARACTERS = 2_000_000
 ROWS_TRIED = 20  # of every file, before the first one is prepared
 SECONDS_BETWEEN_COMMITS = 10.0
 
@@ -135,8 +136,7 @@ def prepare_file(folder: Path, file: Path, preparation: Preparation, progress: t
     writer = StoreWriter(folder, preparation.flags)
     ledger = Ledger.from_dict(writer.state["ledger"]) if writer.state else Ledger(files=1)
     num_batches = writer.state.get("num_batches", 0)
-    rows = iter(preparation.read(file))
-    batches = iter(lambda: list(islice(rows, BATCH_SIZE)), [])
+    batches = batches_of(preparation.read(file))
     committed = time.monotonic()
     for token_rows, counts in map_ahead(preparation.encode, islice(batches, num_batches, None)):
         flags = [row.trained for row in token_rows] if preparation.flags else None
@@ -150,6 +150,19 @@ def prepare_file(folder: Path, file: Path, preparation: Preparation, progress: t
     ledger.files_without_rows = int(not ledger.rows_read)
     (folder / "ledger.json").write_text(json.dumps(ledger.as_dict(), indent=2), encoding="utf-8")
     writer.close()
+
+
+def batches_of(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """The rows in lists of BATCH_SIZE, and of fewer where documents are long."""
+    batch, size = [], 0
+    for row in rows:
+        batch.append(row)
+        size += sum(len(value) for value in row.values.values() if isinstance(value, str))
+        if len(batch) == BATCH_SIZE or size > BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def map_ahead(function: Callable, items: Iterable) -> Iterator:

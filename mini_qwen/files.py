@@ -45,7 +45,8 @@ def find_files(paths: list[str]) -> list[Path]:
             )
         files = [path]
         if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if kind(file) in KINDS and file.is_file())
+            inside = (file for file in path.rglob("*") if kind(file) in KINDS and file.is_file())
+            files = sorted(file for file in inside if not is_hidden(file.relative_to(path)))
         if not files:
             raise SystemExit(f"The folder '{name}' holds no data files ({known}).")
         found += files
@@ -53,6 +54,11 @@ def find_files(paths: list[str]) -> list[Path]:
     if wrong:
         raise SystemExit(f"'{wrong[0]}' is not a data file: known are {known}.")
     return list(dict.fromkeys(found))
+
+
+def is_hidden(path: Path) -> bool:
+    """Downloads in progress lie in hidden folders: `.cache` of the Hugging Face Hub, `._____temp` of ModelScope."""
+    return any(part.startswith(".") for part in path.parts)
 
 
 def open_bytes(file: Path) -> BinaryIO:

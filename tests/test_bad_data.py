@@ -163,7 +163,11 @@ PT = {
     "a csv record with a field too many": Case({"bad.csv": f"text\n{A}\none,two\n{A}\n".encode()}, holds=has(A, A)),
     "control tokens spelt out in a text": Case(
         {"odd.jsonl": around(documents(CONTROL), GOOD[0])},
-        holds=lambda outcome: outcome.seen[1] == f"{CONTROL}<|im_end|>" and outcome.ledger.rows_with_control_text == 1,
+        holds=lambda outcome: (
+            outcome.seen[1] == f"{CONTROL}<|im_end|>"
+            and outcome.num_control == [1] * 6
+            and outcome.ledger.rows_with_control_text == 1
+        ),
     ),
 }
 

@@ -86,9 +86,16 @@ def test_folders_are_searched_in_a_fixed_order_and_files_taken_once(write_rows: 
     files = [write_rows(f"data/{name}", [{"text": name}]) for name in names]
     (tmp_path / "data/README.md").write_text("not data", encoding="utf-8")
     (tmp_path / "data/model.zst").write_bytes(b"not data")
+    for name in (".cache/huggingface/download/y.parquet", "a/._____temp/x.jsonl", "b/._y.parquet"):
+        write_rows(f"data/{name}", [{"text": "half of it"}])
     found = find_files([str(tmp_path / "data"), str(files[0]), str(tmp_path / "data/a")])
     assert sorted(found) == sorted(files)
     assert found == find_files([str(tmp_path / "data")])
+
+
+def test_hidden_above_the_folder_that_is_named_does_not_matter(write_rows: WriteRows, tmp_path: Path) -> None:
+    file = write_rows(".hidden/data/x.jsonl", [{"text": "x"}])
+    assert find_files([str(tmp_path / ".hidden/data")]) == find_files([str(file)]) == [file]
 
 
 def test_named_files_keep_their_order(write_rows: WriteRows) -> None:
