@@ -45,7 +45,8 @@ class Blocks(torch.utils.data.Dataset):
         self.table = map_file(folder / "table", np.int64).reshape(-1, 2)  # of each block: first span, number of spans
 
     def __reduce__(self) -> tuple[type, tuple[Path]]:
-        return Blocks, (self.folder.absolute(),)  # another process opens the files, and a hash of the blocks reads no tokens
+        # Another process opens the files, and a hash of the blocks reads no tokens.
+        return Blocks, (self.folder.absolute(),)
 
     def __len__(self) -> int:
         return len(self.table)

@@ -43,7 +43,9 @@ def read_document(row: Row) -> str:
         raise BadRow(row.fault)
     text = row.values.get("text")
     if text is not None and not isinstance(text, str):
-        raise SystemExit(f"{row.place}: 'text' is {text!r:.80}, of type {type(text).__name__}. Documents must be text.")
+        raise SystemExit(
+            f"{row.place}: 'text' is {text!r:.80}, of type {type(text).__name__}. Documents must be text."
+        )
     if text is None or not text.strip():
         raise BadRow("empty text")
     check_unicode(text)

@@ -76,8 +76,13 @@ class TextEncoder:
         return ids
 
     def encode_plain(self, text: str) -> np.ndarray:
-        """By the tokenizer; a second one is only made for a text that spells a control token."""
-        tokenizer = self.plain if any(token in text for token in self.control_tokens) else self.backend
+        """By the tokenizer; a second one is only made for a text that spells a control token.
+
+        Or where the tokenizer would cut texts off or fill them up, as its last user told it to.
+        """
+        as_it_is = self.backend.truncation is None and self.backend.padding is None
+        spells = any(token in text for token in self.control_tokens)
+        tokenizer = self.backend if as_it_is and not spells else self.plain
         return np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.uint32)
 
 

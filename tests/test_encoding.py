@@ -10,7 +10,7 @@ import pytest
 from conftest import toy_texts
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mini_qwen import encoding
@@ -291,14 +291,20 @@ def test_a_layout_without_normalizer_leaves_texts_as_they_are(tokenizer: PreTrai
     assert tokenizer.decode(ids) == text != tokenizer.decode(composed)
 
 
-def test_truncation_and_padding_of_a_tokenizer_do_not_touch_texts() -> None:
-    """They are kept in tokenizer.json by whoever last called the tokenizer with them."""
-    backend = gpt2()
-    backend.enable_truncation(3)
-    backend.enable_padding(length=5)
-    backend.normalizer = normalizers.NFC()
-    (ids,) = encode_text(wrapped(backend), ["In the morning"])
-    assert len(ids) > 5
+@pytest.mark.parametrize("fast", [True, False])
+def test_truncation_and_padding_of_a_tokenizer_do_not_touch_texts(
+    tokenizer: PreTrainedTokenizerBase, fast: bool
+) -> None:
+    """They stay on in whoever last called the tokenizer with them, and in the tokenizer.json that is saved then."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()) if fast else gpt2()
+    other = wrapped(backend)
+    (expected,) = expected_ids(without_added_tokens(other), ["In the morning"])
+    other.backend_tokenizer.enable_truncation(3)
+    other.backend_tokenizer.enable_padding(length=50)
+    assert (TextEncoder(other).fast is not None) == fast
+    assert lists(encode_text(other, ["In the morning"])) == [expected]
+    other("In the morning", truncation=True, max_length=2)
+    assert lists(TextEncoder(other)(["In the morning"])) == [expected]
 
 
 @pytest.mark.parametrize("number", [1, CHECKED_SHARE + 1])
