@@ -26,7 +26,7 @@ from mini_qwen.store import STATE, StoreWriter
 
 # What decides the tokens of a row, beside the tokenizer, the template and the recipe.
 ROW_MODULES = ("cache", "chat", "conversations", "documents", "encoding", "files", "ledger", "preferences")
-ROW_MODULES += ("rows", "schemas", "store")
+ROW_MODULES += ("rows", "schemas", "shortening", "store")
 BATCH_SIZE = 200  # rows
 BATCH_CHARACTERS = 2_000_000
 ROWS_TRIED = 20  # of every file, before the first one is prepared
@@ -126,6 +126,14 @@ def prepare_parts(cache_dir: str, sources: dict[str, list[Path]], preparation: P
             done += ledger.rows_read
             progress.update(done - progress.n)
     return {source: [parts[file] for file in found] for source, found in sources.items()}
+
+
+def sum_ledgers(sources: dict[str, list[Part]]) -> Ledger:
+    """The counts of all files of all sources."""
+    ledger = Ledger()
+    for part in (part for parts in sources.values() for part in parts):
+        ledger.add(part.ledger)
+    return ledger
 
 
 def prepare_file(folder: Path, file: Path, preparation: Preparation, progress: tqdm) -> None:

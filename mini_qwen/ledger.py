@@ -4,6 +4,8 @@ from collections import Counter
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+SHORTENED = "shortened"  # reason under which tokens are dropped of rows that are kept
+
 
 @dataclass
 class Ledger:
@@ -41,6 +43,8 @@ class Ledger:
     blocks: int = 0
     tokens_padding: int = 0  # room in the blocks that no token fills
     tokens_by_source: Counter[str] = field(default_factory=Counter)  # trained and masked
+    test_rows_read: int = 0  # of pairs that are only scored
+    test_rows_dropped: Counter[str] = field(default_factory=Counter)
     first_places: dict[str, str] = field(default_factory=dict)  # of each reason for dropping, the first row
 
     def drop(self, reason: str, place: str, tokens: int = 0) -> None:
@@ -51,6 +55,14 @@ class Ledger:
             self.tokens_read += tokens
             self.tokens_dropped[reason] += tokens
 
+    def keep(self, tokens: int, shortened_by: int) -> None:
+        """Count a row that is kept, with the tokens it had and those that it lost."""
+        self.rows_kept += 1
+        self.tokens_read += tokens
+        if shortened_by:
+            self.rows_shortened += 1
+            self.tokens_dropped[SHORTENED] += shortened_by
+
     def add(self, other: "Ledger") -> None:
         """Take over the counts of rows that come after those of this ledger."""
         self.first_places = other.first_places | self.first_places
@@ -58,11 +70,16 @@ class Ledger:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def check(self, max_drop_share: float) -> None:
-        """Raises SystemExit when nothing is left or more than `max_drop_share` of the rows were dropped."""
+        """Make sure that rows and tokens add up, and `check_drops`."""
         dropped, rows = self.rows_dropped.total(), self.rows_read + self.rows_split_off
         assert rows == self.rows_kept + self.rows_held_out + self.rows_unused + self.rows_joined + dropped, self
         unlearnt = self.tokens_held_out + self.tokens_unused + self.tokens_dropped.total()
         assert self.tokens_read + self.tokens_repeated == self.tokens_trained + self.tokens_masked + unlearnt, self
+        self.check_drops(max_drop_share)
+
+    def check_drops(self, max_drop_share: float) -> None:
+        """Raises SystemExit when nothing is left or more than `max_drop_share` of the rows were dropped."""
+        dropped, rows = self.rows_dropped.total(), self.rows_read + self.rows_split_off
         reasons = ", ".join(
             f"{count:,} {reason} (first: {self.first_places.get(reason, 'unknown')})"
             for reason, count in self.rows_dropped.most_common()
@@ -86,7 +103,10 @@ class Ledger:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Ledger":
-        counters = {key: Counter(values[key]) for key in ("rows_dropped", "tokens_dropped", "tokens_by_source")}
+        counters = {
+            key: Counter(values[key])
+            for key in ("rows_dropped", "tokens_dropped", "tokens_by_source", "test_rows_dropped")
+        }
         return cls(**(values | counters))
 
     def summary(self) -> str:
@@ -115,6 +135,9 @@ class Ledger:
             f"rows:   {read('rows', 'split_off')} = {rows} ({remarks}), from {self.files} files",
             f"tokens: {read('tokens', 'repeated')} = {tokens}",
         ]
+        if self.test_rows_read:
+            test = "".join(f", {count:,} dropped ({reason})" for reason, count in self.test_rows_dropped.items())
+            lines.append(f"test:   {self.test_rows_read:,} rows read{test}")
         if self.blocks:
             filled = self.tokens_trained + self.tokens_masked
             lines.append(

@@ -1,4 +1,4 @@
-"""Mixtures: how much of each source is trained on, and when. A function of the seed, exact to the row."""
+"""Mixtures: how much of each source is trained on, and when. Which rows, the seed alone decides."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mini_qwen.blocks import Blocks, write_blocks
-from mini_qwen.cache import Part, build_once, hash_of, source_hash
+from mini_qwen.cache import Part, build_once, hash_of, source_hash, sum_ledgers
 from mini_qwen.files import DataKeys, find_files
 from mini_qwen.ledger import Ledger
 from mini_qwen.packing import Packed, lengths_of
@@ -130,9 +130,7 @@ def arrange(
             first = rows[path].stop
         num_rows = sum(len(rows[path]) for path in plan.held_out_of)
         held_out = choose_held_out(num_rows, plan.eval_rows if num_rows else 0, plan.seed)  # if none, the ledger stops
-        ledger = Ledger()
-        for part in every_part:
-            ledger.add(part.ledger)
+        ledger = sum_ledgers(sources)
         count_taken(ledger, store, plan, rows, held_out)
 
         windows = phase_rows(plan.phases, rows, held_out, plan.seed)

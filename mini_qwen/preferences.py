@@ -13,16 +13,16 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 from trl import DPOTrainer
 
-from mini_qwen.cache import Preparation, build_once, hash_of, prepare_parts, source_hash
+from mini_qwen.cache import Preparation, build_once, hash_of, prepare_parts, source_hash, sum_ledgers
 from mini_qwen.chat import TokenRow, encode_chat
-from mini_qwen.conversations import SHORTENED, fit_turns
 from mini_qwen.encoding import encode_text, spells_control_token
-from mini_qwen.files import DataKeys
+from mini_qwen.files import DataKeys, find_files
 from mini_qwen.ledger import Ledger
 from mini_qwen.mixture import find_sources, read_phases
-from mini_qwen.rows import Row, read_rows
+from mini_qwen.rows import Row, check_columns, read_rows
 from mini_qwen.sampler import ByLength
 from mini_qwen.schemas import PAIR_COLUMNS, PAIRS, BadRow, join_rated, read_pair
+from mini_qwen.shortening import fit_turns
 from mini_qwen.store import TokenStore
 
 PAIRS_AT_ONCE = 1000  # held in memory while the pairs are written
@@ -80,14 +80,10 @@ def read_preferences(
         except BadRow as reason:
             ledger.drop(str(reason), row.place, num_tokens)
             continue
-        ledger.rows_kept += 1
-        ledger.tokens_read += num_tokens
+        ledger.keep(num_tokens, num_tokens - pair.num_tokens)
         trained = len(pair.chosen_ids) + len(pair.rejected_ids)
         ledger.tokens_trained += trained
         ledger.tokens_masked += pair.num_tokens - trained
-        if pair.num_tokens < num_tokens:
-            ledger.rows_shortened += 1
-            ledger.tokens_dropped[SHORTENED] += num_tokens - pair.num_tokens
         yield pair
 
 
@@ -121,8 +117,16 @@ def prepare_preferences(
     Columns: prompt_ids, chosen_ids, rejected_ids, and `length`, the tokens of the longer side, by which the trainer
     groups pairs. They are a file on disk, so that all processes share one file of reference log-probabilities.
     """
+    files = {file.resolve(): file for file in find_files(data.train_files)}
+    both = [files[file.resolve()] for file in find_files(data.test_files or []) if file.resolve() in files]
+    if both:
+        raise SystemExit(f"{both[0]} is below train_files and test_files: no test pair is trained on. Name others.")
+    check_columns({"test_files": find_files(data.test_files or [])}, PAIRS)
     train, ledger = prepare_pairs(data, data.train_files, tokenizer, max_length)
-    test = prepare_pairs(data, data.test_files, tokenizer, max_length)[0] if data.test_files else None
+    if not data.test_files:
+        return train, None, ledger
+    test, test_ledger = prepare_pairs(data, data.test_files, tokenizer, max_length)
+    ledger.test_rows_read, ledger.test_rows_dropped = test_ledger.rows_read, test_ledger.rows_dropped
     return train, test, ledger
 
 
@@ -132,9 +136,7 @@ def prepare_pairs(
     sources = find_sources(read_phases(paths))
     prepared = prepare_parts(data.cache_dir, sources, pair_preparation(tokenizer, max_length))
     parts = [part for found in prepared.values() for part in found]
-    ledger = Ledger()
-    for part in parts:
-        ledger.add(part.ledger)
+    ledger = sum_ledgers(prepared)
     ledger.check(data.max_drop_share)
 
     def build(folder: Path) -> None:

@@ -128,9 +128,12 @@ def git_commit() -> str:
 
 
 def show_data(args: TrainingArguments, ledger: Ledger) -> None:
-    """Print what became of every row and token. Leaves the program when the recipe says `prepare_only`."""
+    """Print and write down what became of every row and token. Leaves the program on `prepare_only`."""
     if args.process_index == 0:
         print(ledger.summary())
+        folder = Path(args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "data_ledger.json").write_text(json.dumps(ledger.as_dict(), indent=2) + "\n", encoding="utf-8")
     if args.prepare_only:
         raise SystemExit(0)
 
@@ -170,7 +173,6 @@ def finish(trainer: Trainer, result: TrainOutput, ledger: Ledger, *recipe: Any) 
             "ledger": ledger.as_dict(),
             "recipe": {type(part).__name__: plain_recipe(part) for part in recipe},
         }
-        (folder / "data_ledger.json").write_text(json.dumps(ledger.as_dict(), indent=2) + "\n", encoding="utf-8")
         (folder / "run.json").write_text(
             json.dumps(record, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8"
         )

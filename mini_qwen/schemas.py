@@ -180,7 +180,7 @@ def join_rated(rows: Iterable[Row]) -> Iterator[Row]:
     """
     waiting: dict[str, list[Row]] = {}
     for row in rows:
-        if row.fault or not isinstance(row.values.get("label"), bool):
+        if row.fault or "chosen" in row.values or row.values.get("label") not in (True, False):
             yield row
             continue
         prompt, answer = row.values.get("prompt"), row.values.get("completion")

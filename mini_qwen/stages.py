@@ -30,13 +30,24 @@ class StageData(NamedTuple):
     stage: str
     keys: DataKeys
     sources: dict[str, list[Path]]
-    preparation: Preparation
     tokenizer: PreTrainedTokenizerBase
     max_length: int  # tokens of a block, a conversation, or either side of a pair
 
     @property
     def files(self) -> list[Path]:
         return [file for found in self.sources.values() for file in found]
+
+    @property
+    def preparation(self) -> Preparation:
+        return self.prepare(self.max_length)
+
+    def prepare(self, max_length: int) -> Preparation:
+        """How rows of at most `max_length` tokens are made; documents are cut into blocks later."""
+        if self.stage == "pt":
+            return document_preparation(self.tokenizer)
+        if self.stage == "sft":
+            return conversation_preparation(self.keys, self.tokenizer, max_length)
+        return pair_preparation(self.tokenizer, max_length)
 
 
 def find_stage(recipe: str, stage: str | None = None) -> str:
@@ -60,13 +71,10 @@ def open_stage(
     words = ["--config", recipe, "--prepare_only", "true", *overrides]
     keys, training, model = parse_recipe(*STAGES[stage], argv=words, default=recipe)
     named: Any = model.tokenizer if stage == "pt" else model.checkpoint
+    if tokenizer_path is None and not (Path(named) / "tokenizer.json").is_file():
+        raise SystemExit(
+            f"{recipe} takes its tokenizer from '{named}', where none is yet. Name one: --tokenizer PATH."
+        )
     tokenizer = load_tokenizer(tokenizer_path or named)
-    if stage == "pt":
-        max_length, preparation = keys.block_size, document_preparation(tokenizer)
-    elif stage == "sft":
-        max_length = training.max_length
-        preparation = conversation_preparation(keys, tokenizer, max_length)
-    else:
-        max_length = training.max_length
-        preparation = pair_preparation(tokenizer, max_length)
-    return StageData(stage, keys, find_sources(read_phases(keys.train_files)), preparation, tokenizer, max_length)
+    max_length = keys.block_size if stage == "pt" else training.max_length
+    return StageData(stage, keys, find_sources(read_phases(keys.train_files)), tokenizer, max_length)

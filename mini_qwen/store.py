@@ -1,6 +1,7 @@
 """Token rows on disk: written as they come, opened memory-mapped by every run and every process after."""
 
 import json
+import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -51,6 +52,7 @@ class StoreWriter:
         """Make all that was added last, with a `state` to go on from."""
         for stream in self.streams.values():
             stream.flush()
+            os.fsync(stream.fileno())  # else a machine that loses power may keep the state and lose the rows
         self.state = state | {"sizes": {name: stream.tell() for name, stream in self.streams.items()}}
         fresh = self.folder / f"{STATE}.new"
         fresh.write_text(json.dumps(self.state))

@@ -18,19 +18,12 @@ from transformers import PreTrainedTokenizerBase
 from mini_qwen import conversations as module
 from mini_qwen.blocks import Blocks
 from mini_qwen.chat import TokenRow, encode_chat
-from mini_qwen.conversations import (
-    MIN_PROMPT,
-    SHORTENED,
-    TOO_LONG,
-    ConversationData,
-    cut_middle,
-    encode_conversations,
-    prepare_conversations,
-)
+from mini_qwen.conversations import ConversationData, encode_conversations, prepare_conversations
 from mini_qwen.encoding import encode_text
-from mini_qwen.ledger import Ledger
+from mini_qwen.ledger import SHORTENED, Ledger
 from mini_qwen.rows import Row
 from mini_qwen.schemas import BadRow, Turn
+from mini_qwen.shortening import MIN_PROMPT, TOO_LONG, cut_middle
 from mini_qwen.tokenizer import train_tokenizer
 
 QUESTION, ANSWER = {"from": "human", "value": "Where?"}, {"from": "gpt", "value": "Near the river."}

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from mini_qwen import chat, encoding, preferences
-from mini_qwen.conversations import MIN_PROMPT, SHORTENED, TOO_LONG
-from mini_qwen.ledger import Ledger
+from mini_qwen.ledger import SHORTENED, Ledger
 from mini_qwen.preferences import Pair, PreferenceData, encode_preferences, prepare_preferences, read_preferences
 from mini_qwen.rows import Row
 from mini_qwen.schemas import Turn
+from mini_qwen.shortening import MIN_PROMPT, TOO_LONG
 from mini_qwen.tokenizer import train_tokenizer
 
 USER = {"role": "user", "content": "Where?"}

@@ -8,12 +8,13 @@ import pytest
 from conftest import ROOT
 from transformers import PreTrainedTokenizerBase
 
-from mini_qwen.conversations import TOO_LONG, ConversationData, prepare_conversations
+from mini_qwen.conversations import ConversationData, prepare_conversations
 from mini_qwen.documents import DocumentData, prepare_documents
 from mini_qwen.files import KINDS, kind
 from mini_qwen.ledger import Ledger
 from mini_qwen.preferences import PreferenceData, prepare_preferences
 from mini_qwen.rows import read_rows
+from mini_qwen.shortening import TOO_LONG
 
 DATA = ROOT / "../shared/data"
 FOLDERS = ["corpus", "mini_qwen", "llamafactory", "eval"]

@@ -27,6 +27,7 @@ from mini_qwen.rows import Row, check_columns
 from mini_qwen.stages import STAGES, open_stage
 
 SAMPLE_ROWS, SAMPLE_TOKENS = 3, 150
+UNLIMITED = 1 << 40  # tokens: to measure rows before they are shortened
 
 
 def read_some(files: list[Path], preparation: Preparation, num_rows: int) -> Iterator[Row]:
@@ -76,7 +77,8 @@ def read_sample(
         encoded, counts = preparation.encode(batch)
         token_rows += encoded
         ledger.add(counts)
-        texts += [all_text(row.values) for row in batch if row.fault is None]
+        # What no UTF-8 can hold is dropped and counted; here it must not stop the rest.
+        texts += [all_text(row.values).encode(errors="replace").decode() for row in batch if row.fault is None]
     return ledger, token_rows, texts
 
 
@@ -106,13 +108,14 @@ def main(argv: list[str] | None = None) -> None:
     opened = open_stage(args.recipe, overrides, args.stage, args.tokenizer)
     check_columns(opened.sources, opened.preparation.choices)
     ledger, token_rows, texts = read_sample(opened.files, opened.preparation, args.rows)
+    _, whole_rows, _ = read_sample(opened.files, opened.prepare(UNLIMITED), args.rows)
 
     print(f"{args.recipe}, stage {opened.stage}: the first {ledger.rows_read:,} rows of {ledger.files:,} files")
     print(f"rows:   {ledger.rows_kept:,} kept, {ledger.rows_shortened:,} shortened to {opened.max_length:,} tokens")
     for reason, count in ledger.rows_dropped.most_common():
         print(f"        {count:,} dropped: {reason} (first: {ledger.first_places[reason]})")
     samples = as_samples(opened.stage, token_rows)
-    print("\n" + length_histogram([len(row.ids) for row in samples], opened.max_length))
+    print("\n" + length_histogram([len(row.ids) for row in as_samples(opened.stage, whole_rows)], opened.max_length))
     print_texts(texts, opened.tokenizer)
     for number, row in enumerate(samples[:SAMPLE_ROWS]):
         print_row(opened.tokenizer, row, number)

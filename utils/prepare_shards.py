@@ -12,6 +12,7 @@ recipe.
 """
 
 import argparse
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,10 @@ class PrepareFiles(PipelineStep):
     def run(self, data: Iterable[Any] | None, rank: int = 0, world_size: int = 1) -> Iterable[Any]:
         opened = open_stage(*self.opening)
         files = opened.files[rank::world_size]
-        parts = prepare_parts(opened.keys.cache_dir, {"": files}, opened.preparation)[""]
+        try:
+            parts = prepare_parts(opened.keys.cache_dir, {"": files}, opened.preparation)[""]
+        except SystemExit as stop:  # which datatrove's pool of workers would wait for without end
+            raise RuntimeError(str(stop)) from None
         for part in parts:
             self.stat_update("rows read", value=part.ledger.rows_read, unit="file")
             self.stat_update("rows dropped", value=part.ledger.rows_dropped.total(), unit="file")
@@ -59,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     opened = open_stage(args.recipe, overrides, args.stage, args.tokenizer)  # what is wrong is said before any job
     num_tasks = min(args.tasks, len(opened.files))
     common: dict[str, Any] = {
-        "pipeline": [PrepareFiles(str(Path(args.recipe)), overrides, args.stage, args.tokenizer)],
+        "pipeline": [PrepareFiles(str(Path(args.recipe).resolve()), overrides, args.stage, args.tokenizer)],
         "tasks": num_tasks,
         "workers": args.workers,
         "logging_dir": args.logs,
@@ -68,7 +72,13 @@ def main(argv: list[str] | None = None) -> None:
     if args.slurm:
         from datatrove.executor import SlurmPipelineExecutor
 
-        SlurmPipelineExecutor(**common, partition=args.slurm, time=args.time, job_name="mini_qwen").run()
+        SlurmPipelineExecutor(
+            **common,
+            partition=args.slurm,
+            time=args.time,
+            job_name="mini_qwen",
+            venv_path=f"{sys.prefix}/bin/activate",
+        ).run()
     elif args.ray:
         from datatrove.executor import RayPipelineExecutor
 
