@@ -55,20 +55,18 @@ class Blocks(torch.utils.data.Dataset):
         if not 0 <= index < len(self):
             raise IndexError(index)
         first, count = self.table[index].tolist()
-        spans = self.spans[first : first + count].tolist()
-        size = sum(end - start for start, end in spans)
-        ids, positions, labels = np.empty(size, np.int64), np.arange(size), np.empty(size, np.int64)
-        low = 0
-        for start, end in spans:
-            high = low + end - start
-            piece, trained = self.store.read(start, end)
-            ids[low:high] = labels[low:high] = piece
-            if trained is not None:
-                labels[low:high][trained == 0] = IGNORED
-            if self.isolate:
-                positions[low:high] -= low
-                labels[low] = IGNORED
-            low = high
+        spans = self.spans[first : first + count]
+        pieces = [self.store.read(start, end) for start, end in spans.tolist()]
+        ids = np.concatenate([piece for piece, _ in pieces], dtype=np.int64)
+        positions, labels = np.arange(len(ids)), ids.copy()
+        if self.store.has_flags:
+            trained = [np.ones(len(piece), bool) if flags is None else flags for piece, flags in pieces]
+            labels[np.concatenate(trained) == 0] = IGNORED
+        if self.isolate:
+            lengths = lengths_of(spans)
+            begins = np.cumsum(lengths) - lengths
+            positions -= np.repeat(begins, lengths)
+            labels[begins] = IGNORED
         labels[0] = IGNORED
         return {"input_ids": ids, "position_ids": positions, "labels": labels}
 

@@ -76,6 +76,7 @@ class TokenStore:
             {name: map_file(folder / name, dtype) for name, dtype in FILES.items() if (folder / name).exists()}
             for folder in self.folders
         ]
+        self.has_flags = any("trained" in part for part in self.parts)
         # Row and token at which each part begins; one more for the end.
         self.row_offsets = np.cumsum([0, *(len(part["starts"]) - 1 for part in self.parts)])
         self.token_offsets = np.cumsum([0, *(int(part["starts"][-1]) for part in self.parts)])

@@ -79,3 +79,23 @@ def test_mistakes_are_named(
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit, match=message):
         main([*words, "--tokenizer", tokenizer_folder])
+
+
+def test_rows_that_no_utf8_can_hold_are_counted_like_others(check: Any, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(b'{"text": "half \\ud83d of it"}\n{"text": "Anna lives here."}\n\xff\n')
+    said = check("pt", file, "--max_drop_share", "1")
+    assert "1 kept" in said and "1 dropped: not valid Unicode" in said and "1 dropped: not valid UTF-8" in said
+
+
+def test_the_histogram_is_of_the_rows_before_they_are_shortened(check: Any, write_rows: WriteRows) -> None:
+    rows = [{"prompt": "word " * 200, "completion": "yes"}, {"prompt": "hi", "completion": "yes"}]
+    said = check("sft", write_rows("rows.jsonl", rows), "--max_length", "100")
+    assert "2 kept, 1 shortened to 100 tokens" in said
+    assert "max_length 100: 1 longer (50.0%)" in said
+
+
+def test_a_tokenizer_that_is_not_there_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit, match=r"takes its tokenizer from 'results/nothing'.*--tokenizer PATH"):
+        main(["recipes/demo/sft.yaml", "--checkpoint", "results/nothing"])

@@ -440,3 +440,37 @@ def test_prepared_rows_are_used_again_until_something_changes(
     write_rows("rows.parquet", rows[::-1])
     others.add(prepare()[1])
     assert len(others - {token_rows}) == 4
+
+
+def test_replay_does_not_thin_out_the_share_of_drops(
+    write_rows: WriteRows, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """Half of the conversations are bad; a hundred documents beside them must not make that half a percent."""
+    rows = [{"conversations": [QUESTION, ANSWER]}, {"conversations": [QUESTION]}]
+    documents = write_rows("documents.jsonl", [{"text": f"{number} birds"} for number in range(100)])
+    conversations = write_rows("conversations.jsonl", rows)
+    data = ConversationData(
+        [str(conversations)], cache_dir=str(tmp_path / "cache"), replay_files=[str(documents)], replay_share=0.5
+    )
+    with pytest.raises(SystemExit, match=r"1 of 2 rows were dropped: 1 no answer"):
+        prepare_conversations(data, tokenizer, 64, seed=1)
+    data.max_drop_share = 0.5
+    blocks, _, ledger = prepare_conversations(data, tokenizer, 64, seed=1)
+    spoken, replayed = (ledger.tokens_by_source[str(path)] for path in (conversations, documents))
+    assert spoken and abs(replayed - spoken) <= 2 * 10  # half and half, up to the rows that the seed takes
+    assert len(blocks) > 0
+    data.replay_files = [str(conversations)]
+    with pytest.raises(SystemExit, match=r"conversations\.jsonl' is in train_files and in replay_files"):
+        prepare_conversations(data, tokenizer, 64, seed=1)
+
+
+def test_replay_is_looked_at_before_anything_is_tokenised(
+    write_rows: WriteRows, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    rows = write_rows("conversations.jsonl", [{"conversations": [QUESTION, ANSWER]}])
+    data = ConversationData([str(rows)], cache_dir=str(tmp_path / "cache"), replay_files=["nowhere"])
+    for share, message in ((0.1, "no data at 'nowhere'"), (1.0, "replay_share is 1.0")):
+        data.replay_share = share
+        with pytest.raises(SystemExit, match=message):
+            prepare_conversations(data, tokenizer, 64, seed=1)
+    assert not (tmp_path / "cache").exists()

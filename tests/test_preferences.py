@@ -321,3 +321,26 @@ def test_prepared_pairs_are_used_again_until_something_changes(
     write_rows("rows.parquet", rows[::-1])
     others.add(prepare())
     assert len(others - {first}) == 3
+
+
+def test_test_pairs_are_never_trained_on(
+    write_rows: WriteRows, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    rows = [{"prompt": "Where?", "chosen": f"Near {number}.", "rejected": "No."} for number in range(3)]
+    train, test = write_rows("pairs/train.jsonl", rows), write_rows("pairs/test.jsonl", [*rows[:1], {"prompt": ""}])
+    both = PreferenceData([str(train.parent)], cache_dir=str(tmp_path / "cache"), test_files=[str(test)])
+    with pytest.raises(SystemExit, match=r"test\.jsonl is below train_files and test_files"):
+        prepare_preferences(both, tokenizer, 64)
+    data = PreferenceData([str(train)], cache_dir=str(tmp_path / "cache"), test_files=[str(test)], max_drop_share=0.5)
+    _, scored, ledger = prepare_preferences(data, tokenizer, 64)
+    assert (len(scored), ledger.test_rows_read, ledger.test_rows_dropped.total()) == (1, 2, 1)
+    assert "test:   2 rows read, 1 dropped" in ledger.summary()
+
+
+def test_pairs_may_have_a_label_of_their_own(
+    write_rows: WriteRows, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    row = {"prompt": "Where?", "chosen": "Near.", "rejected": "No.", "label": True}
+    data = PreferenceData([str(write_rows("pairs.jsonl", [row]))], cache_dir=str(tmp_path / "cache"))
+    _, _, ledger = prepare_preferences(data, tokenizer, 64)
+    assert (ledger.rows_kept, ledger.rows_joined) == (1, 0)

@@ -42,3 +42,14 @@ def refuse(*_: object, **__: object) -> None:
 
 def child_environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def test_a_damaged_file_fails_its_task(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """As an error that datatrove reports; it would wait for ever for a worker that has left."""
+    shards = pytest.importorskip("utils.prepare_shards", reason="datatrove is not installed")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 and no more")
+    words = ["--train_files", str(tmp_path / "broken.parquet"), "--cache_dir", str(tmp_path / "cache")]
+    step = shards.PrepareFiles(str(ROOT / "recipes/demo/pt.yaml"), words, None, str(tmp_path / "tokenizer"))
+    with pytest.raises(RuntimeError, match="broken or cut off"):
+        list(step.run(None, rank=0, world_size=1))
