@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mini_qwen import encoding
 from mini_qwen.encoding import (
+    BORDER,
     CHECKED_SHARE,
     MANY_BLANKS,
     TextEncoder,
@@ -79,6 +80,21 @@ def test_ids_are_those_that_the_tokenizer_gives_in_everyday_use(either: PreTrain
 @example(text="\u1100\u1161\u11a8 \u0344\u0958")  # Hangul that composes; characters that NFC takes apart
 def test_ids_of_any_text_are_the_tokenizers(plain: Tokenizer, encoder: TextEncoder, text: str) -> None:
     assert lists(encoder([text])) == expected_ids(plain, [text])
+
+
+TOGETHER = st.one_of(TEXT, st.sampled_from([BORDER, *BORDER, *BORDER[::-1], BORDER * 2, BORDER[::-1], "", " " * 12]))
+
+
+@settings(max_examples=200)
+@given(texts=st.lists(TOGETHER, max_size=6))
+@example(texts=[BORDER[0], BORDER[1], BORDER[0] * 2, "a" + BORDER[0], BORDER[1] + "a"])
+def test_texts_that_are_encoded_together_do_not_touch(
+    plain: Tokenizer, encoder: TextEncoder, texts: list[str]
+) -> None:
+    """Whatever they begin and end with: the marks between them, blanks that would join, or nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoding, "MANY_BLANKS", 6)
+        assert lists(encoder(texts)) == expected_ids(plain, texts)
 
 
 def code_points(end: int) -> Iterator[list[str]]:

@@ -41,7 +41,7 @@ def arguments(stage: str, road: Path, **overrides: object) -> list[str]:
         values |= {"checkpoint": road / "pt", "train_files": ROOT / "mini_data/sft/Gen"}
     else:
         del values["eval_rows"]
-        values |= {"checkpoint": road / "sft", "train_files": ROOT / "mini_data/dpo/test-00000-of-00001.parquet"}
+        values |= {"checkpoint": road / "sft", "train_files": ROOT / "mini_data/dpo/train-00000-of-00001.parquet"}
         values |= {"test_files": ROOT / "mini_data/dpo/test-00000-of-00001.parquet", "max_length": 320}
     values |= overrides
     return [word for key, value in values.items() for word in (f"--{key}", str(value))]
@@ -149,7 +149,7 @@ def test_prepare_only_prepares_and_leaves(road: Path, tmp_path: Path, capsys: py
         mini_qwen_sft.main(arguments("sft", road, output_dir=tmp_path / "sft", prepare_only="true"))
     assert leaving.value.code == 0
     assert "rows:" in capsys.readouterr().out
-    assert not (tmp_path / "sft").exists()
+    assert [path.name for path in (tmp_path / "sft").iterdir()] == ["data_ledger.json"]
 
 
 BAD_INPUT = {
