@@ -82,7 +82,9 @@ def open_parquet(file: Path) -> pq.ParquetFile:
         _ = parquet.schema_arrow.names  # decoded here, where damage to them is understood
         return parquet
     except (*DAMAGE, UnicodeDecodeError) as error:
-        raise SystemExit(f"{file} cannot be read as parquet: it is {describe_damage(file)}. {brief(error)}") from None
+        raise SystemExit(
+            f"{file} cannot be read as parquet: it is {describe_damage(file)}. ({brief(error)})"
+        ) from None
 
 
 def describe_damage(file: Path) -> str:
@@ -101,9 +103,9 @@ def describe_damage(file: Path) -> str:
     return "broken or cut off; fetch it again"
 
 
-def brief(error: Exception) -> str:
-    """A library's own words as one line in brackets, which a page of metadata may be part of."""
-    return f"({' '.join(str(error).split()):.300})"
+def brief(words: object) -> str:
+    """A library's own words, or those of a damaged file, as one line; a page of metadata may be part of them."""
+    return f"{' '.join(str(words).split()):.300}"
 
 
 def check_content(file: Path) -> None:

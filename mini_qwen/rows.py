@@ -46,7 +46,9 @@ def read_rows(files: list[Path], columns: list[str] | None) -> Iterator[Row]:
                 values = next(rows, None)
             except DAMAGE as error:
                 what = describe_damage(file) if number == 0 else "damaged; fetch it again"
-                raise SystemExit(f"{file} cannot be read beyond row {number}: it is {what}. {brief(error)}") from None
+                raise SystemExit(
+                    f"{file} cannot be read beyond row {number}: it is {what}. ({brief(error)})"
+                ) from None
             if values is None:
                 break
             yield Row(file, number, {}, values) if isinstance(values, str) else Row(file, number, values)
@@ -140,8 +142,8 @@ def read_json(file: Path, columns: list[str] | None) -> Iterator[Fields | str]:
                 if rest.strip() == end_of_list:
                     return
                 raise SystemExit(
-                    f"{file}, row {number} is not valid JSON {brief(error)}: {rest[:40]!r}. Correct it, or fetch the "
-                    "file again if it is cut off."
+                    f"{file}, row {number} is not valid JSON ({brief(error)}): {rest[:40]!r}. Correct it, or fetch "
+                    "the file again if it is cut off."
                 ) from None
             yield choose(record, columns)
             number += 1
@@ -162,7 +164,7 @@ def check_columns(sources: dict[str, list[Path]], choices: list[list[str]]) -> N
         names = column_names(file)
         if names is not None and not any(set(choice) <= set(names) for choice in choices):
             wanted = " or ".join(" + ".join(f"'{name}'" for name in choice) for choice in choices)
-            raise SystemExit(f"{file} lacks the column {wanted}. It has: {', '.join(names) or 'none'}.")
+            raise SystemExit(f"{file} lacks the column {wanted}. It has: {brief(', '.join(names)) or 'none'}.")
 
 
 def column_names(file: Path) -> list[str] | None:

@@ -76,7 +76,8 @@ def read_turns(value: Any, place: str) -> list[Turn]:
             raise BadRow("turns of tools")
         if not isinstance(role, str) or role not in ROLES:
             raise SystemExit(
-                f"{place}: unknown role {role!r}. Known roles are {', '.join(ROLES)}; map or remove this turn first."
+                f"{place}: unknown role {role!r:.80}. Known roles are {', '.join(ROLES)}; "
+                "map or remove this turn first."
             )
         if ROLES[role] != "system" or content not in (None, ""):  # no system turn may be written as an empty one
             turns.append({"role": ROLES[role], "content": read_text(content)})

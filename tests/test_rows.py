@@ -304,6 +304,16 @@ def test_a_missing_column_names_file_and_columns(write_rows: WriteRows, suffix: 
         assert part in str(error.value)
 
 
+def test_columns_with_odd_names_are_named_in_one_line(write_rows: WriteRows) -> None:
+    """As they are where the names themselves are damaged."""
+    bad = write_rows("bad.parquet", [{"con\ntent": "a", "x" * 10_000: 1}])
+    with pytest.raises(SystemExit) as error:
+        read_all([bad])
+    message = str(error.value)
+    assert "It has: con tent, xxx" in message
+    assert "\n" not in message and len(message) < 1000
+
+
 def test_columns_of_one_choice_are_enough(write_rows: WriteRows) -> None:
     both = [write_rows("a.parquet", [{"a": 1}]), write_rows("b.parquet", [{"b": 1, "c": 2}])]
     check_columns({"": both}, [["a"], ["b", "c"]])
