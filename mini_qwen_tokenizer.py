@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     (args,) = parse_recipe(TokenizerData, argv=argv, default="recipes/tokenizer.yaml")
 
     files = find_files(args.train_files)
-    check_columns({"train_files": files}, [["text"]])
+    check_columns(files, [["text"]])
     ledger = Ledger(files=len(files))
     texts = read_documents(read_rows(files, ["text"]), ledger)
     drawn = draw(texts, args.max_rows + args.eval_rows, args.seed)

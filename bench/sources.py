@@ -4,12 +4,12 @@ import json
 import random
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mini_qwen.schemas import ROLES, Turn
+from mini_qwen.rows import read_rows
+from mini_qwen.schemas import CONVERSATION_COLUMNS, Turn, read_conversation
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared/data"  # larger samples, on the machines where this was written; else mini_data
@@ -24,16 +24,9 @@ def tokenizer_path() -> str:
     return str(next((place for place in places if (place / "tokenizer.json").is_file()), places[0]))
 
 
-def read_records(file: Path, columns: list[str]) -> list[dict[str, Any]]:
-    if file.suffix == ".parquet":
-        return pq.read_table(file, columns=columns).to_pylist()
-    text = file.read_text(encoding="utf-8")
-    return json.loads(text) if file.suffix == ".json" else [json.loads(line) for line in text.split("\n") if line]
-
-
 def read_texts() -> list[str]:
     files = sorted((SHARED / "corpus").glob("*.parquet")) or sorted((MINI / "pt").rglob("*.parquet"))
-    texts = [record["text"] for file in files for record in read_records(file, ["text"])]
+    texts = [row.values["text"] for row in read_rows(files, ["text"])]
     random.Random(SEED).shuffle(texts)
     return texts
 
@@ -71,20 +64,7 @@ def read_conversations() -> list[list[Turn]]:
 
 
 def read_turns(files: list[Path]) -> list[list[Turn]]:
-    return [to_turns(record) for file in files for record in read_records(file, ["conversations"])]
-
-
-def to_turns(record: dict[str, Any]) -> list[Turn]:
-    """Alpaca's, ShareGPT's or LLaMA-Factory's record as turns with a role and a text."""
-    if "instruction" in record:
-        question = "\n".join(text for text in [record["instruction"], record["input"]] if text)
-        return [{"role": "user", "content": question}, {"role": "assistant", "content": record["output"]}]
-    turns = []
-    for turn in record.get("messages") or record["conversations"]:
-        content = turn.get("value", turn.get("content"))
-        text = content if isinstance(content, str) else "".join(part["value"] for part in content)
-        turns.append({"role": ROLES[turn.get("from", turn.get("role"))], "content": text})
-    return turns
+    return [read_conversation(row.values, row.place) for row in read_rows(files, CONVERSATION_COLUMNS)]
 
 
 def write_conversations(conversations: list[list[Turn]], file: Path, num_rows: int | None = None) -> Path:

@@ -99,7 +99,6 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
 
 def prepare_parts(cache_dir: str, sources: dict[str, list[Path]], preparation: Preparation) -> dict[str, list[Part]]:
     """The prepared rows of each file of each source. Only what no earlier run has left is made."""
-    check_columns(sources, preparation.choices)
     tokenizer = preparation.tokenizer
     common = {
         "tokenizer": tokenizer_hash(tokenizer),
@@ -113,18 +112,17 @@ def prepare_parts(cache_dir: str, sources: dict[str, list[Path]], preparation: P
         state = file.stat()
         key = hash_of(common | {"file": (str(file.resolve()), state.st_size, state.st_mtime_ns)})
         folders[file] = Path(cache_dir) / f"{preparation.stage}-{key}"
-    for file in files:  # what is wrong with the beginning of the last file is said now, not hours later
-        if not folders[file].exists():
-            preparation.encode(list(islice(preparation.read(file), ROWS_TRIED)))
-    parts = {}
+    missing = [file for file in files if not folders[file].exists()]
+    check_columns(missing, preparation.choices)
+    for file in missing:  # what is wrong with the beginning of the last file is said now, not hours later
+        preparation.encode(list(islice(preparation.read(file), ROWS_TRIED)))
     done = 0
-    with tqdm(total=count_rows(files), desc="tokenising", unit="rows", delay=1) as progress:
-        for file in files:
+    with tqdm(total=count_rows(missing), desc="tokenising", unit="rows", delay=1) as progress:
+        for file in missing:
             build_once(folders[file], partial(prepare_file, file=file, preparation=preparation, progress=progress))
-            ledger = Ledger.from_dict(json.loads((folders[file] / "ledger.json").read_text(encoding="utf-8")))
-            parts[file] = Part(folders[file], ledger)
-            done += ledger.rows_read
+            done += Ledger.load(folders[file] / "ledger.json").rows_read
             progress.update(done - progress.n)
+    parts = {file: Part(folder, Ledger.load(folder / "ledger.json")) for file, folder in folders.items()}
     return {source: [parts[file] for file in found] for source, found in sources.items()}
 
 
@@ -156,7 +154,7 @@ def prepare_file(folder: Path, file: Path, preparation: Preparation, progress: t
             writer.commit(ledger=ledger.as_dict(), num_batches=num_batches)
             committed = time.monotonic()
     ledger.files_without_rows = int(not ledger.rows_read)
-    (folder / "ledger.json").write_text(json.dumps(ledger.as_dict(), indent=2), encoding="utf-8")
+    ledger.save(folder / "ledger.json")
     writer.close()
 
 

@@ -87,25 +87,23 @@ def find_replay(data: ConversationData) -> dict[str, list[Path]]:
     both = set(sources) & {path for phase in read_phases(data.train_files) for path in phase}
     if both:
         raise SystemExit(f"'{min(both)}' is in train_files and in replay_files. Leave it in one of them.")
-    check_columns(sources, [COLUMNS])
+    check_columns([file for files in sources.values() for file in files], [COLUMNS])
     return sources
 
 
 def add_replay(
-    data: ConversationData, phases: list[Phase], sources: dict[str, list[Part]], tokenizer: PreTrainedTokenizerBase
+    data: ConversationData, phases: list[Phase], sources: dict[str, list[Part]], replayed: dict[str, list[Part]]
 ) -> list[Phase]:
-    """Prepare the documents to replay, enter them in `sources`, and return the phases with their share of them."""
+    """The phases with their share of the documents to replay."""
     tokens = {path: sum(part.num_tokens for part in parts) for path, parts in sources.items()}
-    files = find_replay(data)
-    sources |= prepare_parts(data.cache_dir, files, document_preparation(tokenizer))
-    available = sum(part.num_tokens for path in files for part in sources[path])
+    available = sum(part.num_tokens for parts in replayed.values() for part in parts)
     if not available:
         raise SystemExit(f"There is no text to replay in {', '.join(data.replay_files)}. Name other replay_files.")
     mixed = []
     for phase in phases:
         spoken = sum(tokens[path] * passes for path, passes in phase.items())
         passes = data.replay_share / (1 - data.replay_share) * spoken / available
-        mixed.append(phase | dict.fromkeys(files, passes))
+        mixed.append(phase | dict.fromkeys(replayed, passes))
     return mixed
 
 
@@ -114,14 +112,15 @@ def prepare_conversations(
 ) -> tuple[Blocks, Blocks | None, Ledger]:
     """Training blocks of at most `max_length` tokens, held-out blocks (None when eval_rows is 0), and the ledger."""
     phases = read_phases(data.train_files)
-    if data.replay_files:
-        find_replay(data)  # what is wrong with it is said before hours of tokenising
+    replay_sources = find_replay(data) if data.replay_files else {}  # looked at before hours of tokenising
     preparation = conversation_preparation(data, tokenizer, max_length)
     prepared = prepare_parts(data.cache_dir, find_sources(phases), preparation)
     sum_ledgers(prepared).check_drops(data.max_drop_share)  # before documents to replay are among the rows
     held_out_of = list(prepared)
-    if data.replay_files:
-        phases = add_replay(data, phases, prepared, tokenizer)
+    if replay_sources:
+        replayed = prepare_parts(data.cache_dir, replay_sources, document_preparation(tokenizer))
+        phases = add_replay(data, phases, prepared, replayed)
+        prepared |= replayed
     plan = Arrangement(
         phases=phases,
         eval_rows=data.eval_rows,

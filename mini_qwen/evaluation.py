@@ -196,4 +196,4 @@ def check_inputs(args: EvalData) -> None:
         (args.questions, [["question", "answer"]]),
         (args.preferences, PAIRS),
     ]:
-        check_columns({"": find_files(paths)}, choices)
+        check_columns(find_files(paths), choices)

@@ -1,7 +1,9 @@
 """The ledger: what became of every row and every token that was read. It adds up, or the run stops."""
 
+import json
 from collections import Counter
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 SHORTENED = "shortened"  # reason under which tokens are dropped of rows that are kept
@@ -108,6 +110,13 @@ class Ledger:
             for key in ("rows_dropped", "tokens_dropped", "tokens_by_source", "test_rows_dropped")
         }
         return cls(**(values | counters))
+
+    def save(self, file: Path) -> None:
+        file.write_text(json.dumps(self.as_dict(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, file: Path) -> "Ledger":
+        return cls.from_dict(json.loads(file.read_text(encoding="utf-8")))
 
     def summary(self) -> str:
         """A few lines for the log; counts that are 0 and need no mention are left out."""

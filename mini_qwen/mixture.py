@@ -1,6 +1,5 @@
 """Mixtures: how much of each source is trained on, and when. Which rows, the seed alone decides."""
 
-import json
 import math
 import random
 from collections.abc import Callable, Iterator
@@ -139,11 +138,11 @@ def arrange(
         count_sources(ledger, Blocks(folder / "train"), rows)
         if plan.eval_rows:
             write_blocks(folder / "eval", store, [(0, held_out)], pack, block_size, isolate, keep_rest=True)
-        (folder / "ledger.json").write_text(json.dumps(ledger.as_dict(), indent=2), encoding="utf-8")
+        ledger.save(folder / "ledger.json")
 
     folder = build_once(Path(cache_dir) / f"{stage}-blocks-{key}", build)
-    ledger = Ledger.from_dict(json.loads((folder / "ledger.json").read_text(encoding="utf-8")))
-    return Blocks(folder / "train"), Blocks(folder / "eval") if plan.eval_rows else None, ledger
+    eval_blocks = Blocks(folder / "eval") if plan.eval_rows else None
+    return Blocks(folder / "train"), eval_blocks, Ledger.load(folder / "ledger.json")
 
 
 def count_taken(

@@ -118,10 +118,11 @@ def prepare_preferences(
     groups pairs. They are a file on disk, so that all processes share one file of reference log-probabilities.
     """
     files = {file.resolve(): file for file in find_files(data.train_files)}
-    both = [files[file.resolve()] for file in find_files(data.test_files or []) if file.resolve() in files]
+    test_files = find_files(data.test_files or [])
+    both = [files[file.resolve()] for file in test_files if file.resolve() in files]
     if both:
         raise SystemExit(f"{both[0]} is below train_files and test_files: no test pair is trained on. Name others.")
-    check_columns({"test_files": find_files(data.test_files or [])}, PAIRS)
+    check_columns(test_files, PAIRS)
     train, ledger = prepare_pairs(data, data.train_files, tokenizer, max_length)
     if not data.test_files:
         return train, None, ledger

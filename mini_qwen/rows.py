@@ -155,12 +155,12 @@ def breaks_off(error: Exception, text: str) -> bool:
     return at_end or "Unterminated string" in str(error)
 
 
-def check_columns(sources: dict[str, list[Path]], choices: list[list[str]]) -> None:
-    """Before anything expensive: every file of every source must have all columns of at least one of the `choices`.
+def check_columns(files: list[Path], choices: list[list[str]]) -> None:
+    """Before anything expensive: every file must have all columns of at least one of the `choices`.
 
     Of a file that is no parquet its first readable row is looked at; a file without rows passes.
     """
-    for file in (file for files in sources.values() for file in files):
+    for file in files:
         names = column_names(file)
         if names is not None and not any(set(choice) <= set(names) for choice in choices):
             wanted = " or ".join(" + ".join(f"'{name}'" for name in choice) for choice in choices)

@@ -133,7 +133,7 @@ def show_data(args: TrainingArguments, ledger: Ledger) -> None:
         print(ledger.summary())
         folder = Path(args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "data_ledger.json").write_text(json.dumps(ledger.as_dict(), indent=2) + "\n", encoding="utf-8")
+        ledger.save(folder / "data_ledger.json")
     if args.prepare_only:
         raise SystemExit(0)
 

@@ -30,7 +30,7 @@ def test_every_kind_and_compression_gives_the_same_rows(tmp_path: Path, suffix: 
     file = save_rows(tmp_path / f"rows.v2{suffix}{compression}", rows)
     assert kind(file) == suffix
     assert find_files([str(tmp_path)]) == [file]
-    check_columns({"": [file]}, [["text"]])
+    check_columns([file], [["text"]])
     assert list(read_rows([file], ["text"])) == [Row(file, number, row) for number, row in enumerate(rows)]
     assert count_rows([file]) == (len(rows) if suffix == ".parquet" else None)
 
@@ -69,7 +69,7 @@ def test_windows_files_give_the_same_rows(tmp_path: Path, suffix: str, mark: byt
     for name, lines in [("windows", LINES[suffix]), ("unix", LINES[suffix].replace("\r\n", "\n"))]:
         file = tmp_path / (name + suffix)
         file.write_bytes(mark + lines.encode())
-        check_columns({"": [file]}, [["text"]])
+        check_columns([file], [["text"]])
         assert rows_of(file) == [{"text": "a"}, {"text": "b c"}]
 
 
@@ -140,7 +140,7 @@ def test_a_file_of_another_kind_is_named(tmp_path: Path, name: str) -> None:
 def test_what_lies_in_the_place_of_a_parquet_is_named(tmp_path: Path, content: bytes, cause: str) -> None:
     file = tmp_path / "rank_00001.parquet"
     file.write_bytes(content)
-    for look in (count_rows, lambda files: check_columns({"": files}, [["text"]])):
+    for look in (count_rows, lambda files: check_columns(files, [["text"]])):
         with pytest.raises(SystemExit, match=rf"rank_00001\.parquet.*{cause}"):
             look([file])
 
@@ -151,7 +151,7 @@ def test_a_pointer_is_no_data_whatever_it_is_called(tmp_path: Path, suffix: str)
     file = tmp_path / f"rows{suffix}"
     file.write_bytes(POINTER)
     with pytest.raises(SystemExit, match=r"rows\.\S+ cannot be read.*Git LFS pointer"):
-        check_columns({"": [file]}, [["text"]])
+        check_columns([file], [["text"]])
 
 
 def test_a_web_page_is_no_json_but_may_be_a_document(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ LABEL = pa.struct([("ability_en", pa.list_(pa.string())), ("score", pa.float32()
 def read_all(paths: list[Path]) -> list[Row]:
     """As a stage reads its documents."""
     files = find_files([str(path) for path in paths])
-    check_columns({"": files}, [["text"]])
+    check_columns(files, [["text"]])
     return list(read_rows(files, ["text"]))
 
 
@@ -316,9 +316,9 @@ def test_columns_with_odd_names_are_named_in_one_line(write_rows: WriteRows) -> 
 
 def test_columns_of_one_choice_are_enough(write_rows: WriteRows) -> None:
     both = [write_rows("a.parquet", [{"a": 1}]), write_rows("b.parquet", [{"b": 1, "c": 2}])]
-    check_columns({"": both}, [["a"], ["b", "c"]])
+    check_columns(both, [["a"], ["b", "c"]])
     with pytest.raises(SystemExit, match=r"b\.parquet"):
-        check_columns({"x": both[:1], "y": both[1:]}, [["a"], ["b", "d"]])
+        check_columns(both, [["a"], ["b", "d"]])
 
 
 def test_lines_that_cannot_be_read_before_the_first_that_can_do_not_hide_its_columns(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from mini_qwen.chat import TokenRow
 from mini_qwen.encoding import encode_text, text_encoder
 from mini_qwen.inspection import count_control_text, find_duplicates, language_shares, length_histogram
 from mini_qwen.ledger import Ledger
+from mini_qwen.preferences import Pair
 from mini_qwen.preview import mark_trained
 from mini_qwen.rows import Row, check_columns
 from mini_qwen.stages import STAGES, open_stage
@@ -58,13 +59,8 @@ def as_samples(stage: str, token_rows: list[TokenRow]) -> list[TokenRow]:
     """Of a pair, which is three rows, the prompt and the chosen answer as one."""
     if stage != "dpo":
         return token_rows
-    pairs = zip(token_rows[::3], token_rows[1::3], strict=True)
-    return [
-        TokenRow(
-            np.concatenate([prompt.ids, chosen.ids]), np.arange(len(prompt.ids) + len(chosen.ids)) >= len(prompt.ids)
-        )
-        for prompt, chosen in pairs
-    ]
+    pairs = (Pair(*(row.ids for row in token_rows[at : at + 3])) for at in range(0, len(token_rows), 3))
+    return [pair.side("chosen_ids") for pair in pairs]
 
 
 def read_sample(
@@ -106,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokenizer", help="default: the recipe's")
     args, overrides = parser.parse_known_args(argv)
     opened = open_stage(args.recipe, overrides, args.stage, args.tokenizer)
-    check_columns(opened.sources, opened.preparation.choices)
+    check_columns(opened.files, opened.preparation.choices)
     ledger, token_rows, texts = read_sample(opened.files, opened.preparation, args.rows)
     _, whole_rows, _ = read_sample(opened.files, opened.prepare(UNLIMITED), args.rows)
 
