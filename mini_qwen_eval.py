@@ -15,7 +15,7 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from mini_qwen import run
+from mini_qwen.circumstances import circumstances
 from mini_qwen.evaluation import EvalData, evaluate, load_checkpoint
 from mini_qwen.generation import talk
 from mini_qwen.recipe import parse_recipe
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
 
     started = time.time()
     records = evaluate(args)
-    print(write_report(Path(args.output_dir), args.prompts, records, run.circumstances(started)))
+    print(write_report(Path(args.output_dir), args.prompts, records, circumstances(started)))
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ Reads:  rows {"text": ...} from the recipe's train_files, and a tokenizer.
 Writes: output_dir, with model, tokenizer, trainer_state.json, run.json, data_ledger.json and training_loss.png.
 """
 
-from transformers import Trainer
-
 from mini_qwen import run
 from mini_qwen.blocks import BlockCollator
 from mini_qwen.documents import DocumentData, prepare_documents
@@ -19,6 +17,7 @@ from mini_qwen.optimizer import make_optimizer
 from mini_qwen.preview import print_first_row
 from mini_qwen.recipe import parse_recipe
 from mini_qwen.tokenizer import load_tokenizer
+from mini_qwen.trainer import GuardedTrainer
 from mini_qwen.training import PTConfig
 
 
@@ -35,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     run.show_data(training_args, ledger)
 
     model = build_model(model_args, tokenizer, training_args.precision, stage="pt")
-    trainer = Trainer(
+    trainer = GuardedTrainer(
         model=model,
         args=training_args,
         train_dataset=train_blocks,

@@ -9,8 +9,6 @@ Reads:  the checkpoint folder that mini_qwen_pt.py wrote, and conversations from
 Writes: output_dir, with model, tokenizer, trainer_state.json, run.json, data_ledger.json and training_loss.png.
 """
 
-from trl import SFTTrainer
-
 from mini_qwen import run
 from mini_qwen.blocks import BlockCollator
 from mini_qwen.conversations import ConversationData, prepare_conversations
@@ -19,6 +17,7 @@ from mini_qwen.optimizer import make_optimizer
 from mini_qwen.preview import print_first_row
 from mini_qwen.recipe import parse_recipe
 from mini_qwen.tokenizer import load_tokenizer
+from mini_qwen.trainer import GuardedSFTTrainer
 from mini_qwen.training import AnswerConfig
 
 
@@ -37,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     run.show_data(training_args, ledger)
 
     model = load_model(model_args, tokenizer, training_args.precision, stage="sft")
-    trainer = SFTTrainer(
+    trainer = GuardedSFTTrainer(
         model=model,
         args=training_args,
         train_dataset=train_blocks.as_dataset(),

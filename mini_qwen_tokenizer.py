@@ -12,7 +12,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from mini_qwen import run
+from mini_qwen.circumstances import circumstances
 from mini_qwen.documents import draw, read_documents
 from mini_qwen.files import find_files
 from mini_qwen.ledger import Ledger
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
         figures[args.compare_with] = bytes_per_token(load_tokenizer(args.compare_with), unseen)
 
     tokenizer.save_pretrained(args.output_dir)
-    record = run.circumstances(started)
+    record = circumstances(started)
     record |= {"vocab_size": len(tokenizer), "bytes_per_token": figures, "recipe": asdict(args)}
     (Path(args.output_dir) / "run.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print(f"wrote {args.output_dir}: {len(tokenizer):,} tokens, learnt from {len(learnt):,} documents")

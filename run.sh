@@ -16,6 +16,8 @@ bash run.sh setup                                  only make .venv and install w
 --background, behind a stage or `all`, leaves it running after you log out. Every stage logs to logs/.
 Several GPUs: one process for each, by accelerate and DeepSpeed. One GPU or none: plain python.
 CUDA_VISIBLE_DEVICES chooses among them.
+
+Ctrl-C or `kill` ends a stage behind a checkpoint, with exit code 75; `--resume_from_checkpoint true` goes on.
 EOF
 }
 
@@ -60,16 +62,29 @@ count_gpus() {
     fi
 }
 
+forward_signals() { # command ...: run it so that a signal to this script reaches it; its exit code is this one's
+    local child status signalled=true
+    MINI_QWEN_LAUNCHER=$$ "$@" <&0 &
+    child=$!
+    trap 'signalled=true; kill -TERM $child 2>/dev/null' TERM INT HUP
+    while $signalled; do # a signal ends the wait, not the command
+        signalled=false status=0
+        wait $child || status=$?
+    done
+    trap - TERM INT HUP
+    return $status
+}
+
 launch() { # stage, arguments of its script
     local stage=$1 num_gpus
     shift
     num_gpus=$(count_gpus)
     if [ "$num_gpus" -gt 1 ] && [[ "$stage" =~ ^(pt|sft|dpo)$ ]]; then
         # One process prepares the data while no other waits for it, then all open what it left in the cache.
-        python "mini_qwen_$stage.py" "$@" --prepare_only true
-        accelerate launch --config_file accelerate_config.yaml --num_processes "$num_gpus" "mini_qwen_$stage.py" "$@"
+        forward_signals python "mini_qwen_$stage.py" "$@" --prepare_only true
+        forward_signals python -m mini_qwen.launch --num_processes "$num_gpus" "mini_qwen_$stage.py" "$@"
     else
-        python "mini_qwen_$stage.py" "$@"
+        forward_signals python "mini_qwen_$stage.py" "$@"
     fi
 }
 
@@ -82,7 +97,7 @@ demo() {
     rm -rf demo_results
     for stage in tokenizer pt sft dpo eval; do
         echo "== $stage"
-        python "mini_qwen_$stage.py" --config "recipes/demo/$stage.yaml"
+        forward_signals python "mini_qwen_$stage.py" --config "recipes/demo/$stage.yaml"
     done
     printf '{"seconds": %d, "cores": %d}\n' $((SECONDS - started)) "$(python -c 'import os; print(os.cpu_count())')" \
         >demo_results/time.json
@@ -91,11 +106,17 @@ demo() {
 }
 
 run_logged() { # name, command ...
-    local log
+    local log writer status=0
     log=logs/$1-$(date +%Y%m%d-%H%M%S).log
     shift
     echo "log: $log"
-    "$@" 2>&1 | tee "$log"
+    # What writes the log goes on until the stage has said its last word, whatever signal ends it.
+    exec 3> >(trap '' TERM INT HUP && exec tee "$log")
+    writer=$!
+    "$@" >&3 2>&1 || status=$?
+    exec 3>&-
+    wait $writer 2>/dev/null || true
+    return $status
 }
 
 command=${1:-help}

@@ -28,7 +28,7 @@ from bench.conversations import compare_conversations
 from bench.documents import compare_documents
 from bench.measurement import Facts, processor
 from bench.padding import measure_padding
-from mini_qwen.run import circumstances
+from mini_qwen.circumstances import circumstances
 
 RESULTS = Path(__file__).parent / "results"
 

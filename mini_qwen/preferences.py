@@ -24,6 +24,7 @@ from mini_qwen.sampler import ByLength
 from mini_qwen.schemas import PAIR_COLUMNS, PAIRS, BadRow, join_rated, read_pair
 from mini_qwen.shortening import fit_turns
 from mini_qwen.store import TokenStore
+from mini_qwen.trainer import Guarded
 
 PAIRS_AT_ONCE = 1000  # held in memory while the pairs are written
 
@@ -164,7 +165,7 @@ def write_pairs(file: Path, store: TokenStore) -> None:
             stream.write_batch(pa.RecordBatch.from_pydict(columns, schema=schema))
 
 
-class PreparedDPOTrainer(DPOTrainer):
+class PreparedDPOTrainer(Guarded, DPOTrainer):
     """TRL's DPOTrainer on pairs that are token ids already, of which it would otherwise make texts to tokenise."""
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:

@@ -41,7 +41,8 @@ class StageKeys:
     precision: Precision = "auto"
     muon_learning_rate: float | None = None  # set: Muon for the matrices at this rate, AdamW for all else
     prepare_only: bool = False  # prepare the data, print the counts, and leave
-    resume_from_checkpoint: bool | str | None = None  # a checkpoint folder, or true for the newest in output_dir
+    resume_from_checkpoint: bool | str | None = None  # a checkpoint folder; true: the newest one; auto: or none
+    allow_changes: list[str] | None = None  # in what a resumed run may differ from the one that wrote the checkpoint
 
     # Our collators make the tensors; columns that the model's signature lacks must reach them.
     remove_unused_columns: bool = False
@@ -53,7 +54,14 @@ class StageKeys:
         "fp16": "precision: fp16",
         "use_cpu": "CUDA_VISIBLE_DEVICES= in the environment",
         "gradient_checkpointing": "activation_checkpointing",
-    }
+        "enable_jit_checkpoint": "nothing: every run saves when it is asked to stop",
+        "ignore_data_skip": "nothing: a resumed run goes on with the row behind the last one",
+        "trust_remote_code": "nothing: no code is run that comes with a checkpoint",
+    } | dict.fromkeys(
+        ("push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push")
+        + ("hub_revision",),
+        "nothing: upload the finished folder, 'hf upload REPOSITORY FOLDER', with the token of 'hf auth login'",
+    )
 
     def __post_init__(self) -> None:
         if self.needs_gpu and not self.prepare_only and not torch.cuda.is_available():

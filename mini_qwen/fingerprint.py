@@ -1,0 +1,118 @@
+"""What makes two executions the same run: the data, the model's form, the recipe's numbers, the machine's layout."""
+
+import dataclasses
+import difflib
+import hashlib
+from collections.abc import Sized
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, Trainer
+
+from mini_qwen.cache import tokenizer_hash
+from mini_qwen.circumstances import versions
+
+SAMPLED_ROWS = 512
+# Settings that decide when something is written, shown or measured, or that stand under a name of their own.
+NEUTRAL_PREFIXES = ("logging_", "log_", "eval_", "save_", "hub_", "push_", "trackio_", "report_", "include_", "do_")
+NEUTRAL_PREFIXES += ("dataloader_", "ddp_", "fsdp")
+NEUTRAL = {"output_dir", "per_device_eval_batch_size", "prediction_loss_only", "batch_eval_metrics", "disable_tqdm"}
+NEUTRAL |= {"run_name", "project", "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "debug"}
+NEUTRAL |= {"resume_from_checkpoint", "allow_changes", "prepare_only", "needs_gpu", "local_rank", "use_cpu"}
+NEUTRAL |= {"skip_memory_metrics", "restore_callback_states_from_checkpoint", "accelerator_config", "deepspeed"}
+NEUTRAL |= {"parallelism_config", "precompute_ref_batch_size", "torch_empty_cache_steps", "bf16", "fp16"}
+# Of a config: who wrote it and where it lies.
+FOREIGN_CONFIG = {"transformers_version", "_name_or_path", "dtype", "use_cache", "architectures", "training_stage"}
+
+
+def make_fingerprint(trainer: Trainer) -> dict[str, Any]:
+    """Names and values that a run and its continuation have in common, as JSON holds them.
+
+    Equal fingerprints and the same checkpoint give the same weights, bit for bit, on one kind of machine.
+    """
+    args, model = trainer.args, trainer.model
+    found = {
+        "data": hash_rows(trainer.train_dataset),
+        "data_rows": len(trainer.train_dataset),
+        "tokenizer": tokenizer_hash(trainer.processing_class),
+        "attention": model.config._attn_implementation,
+        "device": args.device.type,
+        "processes": args.world_size,
+        "distribution": describe_distribution(trainer),
+    }
+    if model.config.training_stage != "pt":
+        found["start_weights"] = hash_weights(model)
+    config = {key: value for key, value in model.config.to_dict().items() if key not in FOREIGN_CONFIG}
+    found |= {f"model.{key}": plain(value) for key, value in config.items()}
+    found |= {
+        field.name: plain(getattr(args, field.name))
+        for field in dataclasses.fields(args)
+        if field.name not in NEUTRAL and not field.name.startswith(NEUTRAL_PREFIXES)
+    }
+    return found | {f"versions.{name}": version for name, version in versions().items()}
+
+
+def plain(value: Any) -> Any:
+    """As it comes back from JSON: enums by their value, tuples as lists, other objects in words."""
+    value = getattr(value, "value", value)
+    if isinstance(value, dict):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    return value if value is None or isinstance(value, str | int | float | bool) else str(value)
+
+
+def describe_distribution(trainer: Trainer) -> str:
+    plugin = trainer.args.deepspeed_plugin
+    return (
+        "none"
+        if trainer.args.world_size == 1 and plugin is None
+        else (
+            f"DeepSpeed ZeRO-{plugin.zero_stage}" if plugin else trainer.args.distributed_state.distributed_type.value
+        )
+    )
+
+
+def hash_rows(rows: Sized) -> str:
+    """Of at most SAMPLED_ROWS rows' token ids, evenly spread over all of them and in their order."""
+    digest = hashlib.sha256()
+    for index in np.linspace(0, len(rows) - 1, min(SAMPLED_ROWS, len(rows))).astype(int).tolist():
+        row = rows[index]
+        for name in sorted(name for name in row if name.endswith("_ids") or name == "labels"):
+            digest.update(name.encode() + np.asarray(row[name], np.int64).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def hash_weights(model: PreTrainedModel) -> str:
+    """Of all parameters: 1.8 GB a second on one core."""
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        digest.update(name.encode())
+        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def check_same_run(saved: dict[str, Any], now: dict[str, Any], place: str, allowed: list[str]) -> None:
+    """Raises SystemExit when the fingerprints differ in a name that is not `allowed`, with both values.
+
+    Allowing `versions` or `model` allows all names that begin so.
+    """
+    names = sorted(saved.keys() | now.keys())
+    groups = {name.partition(".")[0] for name in names if "." in name}
+    for name in allowed:
+        if name not in {*names, *groups}:
+            near = difflib.get_close_matches(name, [*names, *groups], n=1)
+            hint = f" Did you mean '{near[0]}'?" if near else ""
+            raise SystemExit(f"allow_changes names '{name}', which no run has.{hint}")
+    differing = [
+        name
+        for name in names
+        if saved.get(name) != now.get(name) and name not in allowed and name.partition(".")[0] not in allowed
+    ]
+    if differing:
+        values = "; ".join(f"{name} was {saved.get(name)!r}, is {now.get(name)!r}" for name in differing)
+        raise SystemExit(
+            f"This is not the run that wrote {place}: {values}. Go back to those values, or name what is meant to "
+            f"change: --allow_changes {' '.join(differing)}"
+        )
