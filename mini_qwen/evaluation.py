@@ -72,10 +72,11 @@ def load_checkpoint(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     check_checkpoint(path)
     precision = choose_precision()
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True).eval()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=False)
     if not hasattr(model.config, "training_stage"):
-        model.config.training_stage = "sft" if AutoTokenizer.from_pretrained(path).chat_template else "pt"
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), load_tokenizer(path)
+        brings_template = AutoTokenizer.from_pretrained(path, trust_remote_code=False).chat_template
+        model.config.training_stage = "sft" if brings_template else "pt"
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), load_tokenizer(path)
 
 
 def document_tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int) -> list[TokenRow]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config
 
+from mini_qwen.checkpoint import MANIFEST, verify
 from mini_qwen.training import Attention, choose_attention
 
 SIZES = (
@@ -33,6 +34,7 @@ class NewModel:
     intermediate_size: int | None = None
     vocab_size: int | None = None  # rows of the embedding, at least the tokenizer's size
     max_position_embeddings: int | None = None  # tokens
+    attention_dropout: float = 0.0  # share of the attention's weights that a training step leaves out
     attn_implementation: Attention = "auto"
 
 
@@ -41,6 +43,7 @@ class TrainedModel:
     """Recipe keys of a model that goes on from a checkpoint folder, which brings its tokenizer."""
 
     checkpoint: str
+    attention_dropout: float = 0.0  # share of the attention's weights that a training step leaves out
     attn_implementation: Attention = "auto"
 
 
@@ -91,6 +94,7 @@ def make_config(args: NewModel, tokenizer: PreTrainedTokenizerBase) -> Qwen2Conf
     changes = {key: getattr(args, key) for key in (*SIZES, "max_position_embeddings")}
     changes = {key: value for key, value in changes.items() if value is not None}
     base = json.loads(path.read_text(encoding="utf-8")) | special_ids(tokenizer)
+    base["attention_dropout"] = args.attention_dropout
     config = resize_config(base, changes)
     check_vocabulary(config.vocab_size, tokenizer)
     return config
@@ -112,13 +116,19 @@ def load_model(args: TrainedModel, tokenizer: PreTrainedTokenizerBase, precision
     check_checkpoint(args.checkpoint)
     attention = choose_attention(args.attn_implementation, precision)
     model = AutoModelForCausalLM.from_pretrained(
-        args.checkpoint, dtype=torch.float32, attn_implementation=attention, use_safetensors=True
+        args.checkpoint,
+        dtype=torch.float32,
+        attn_implementation=attention,
+        attention_dropout=args.attention_dropout,
+        use_safetensors=True,
+        trust_remote_code=False,
     )
     check_vocabulary(model.config.vocab_size, tokenizer)
     return settle(model, tokenizer, stage)
 
 
 def check_checkpoint(path: str) -> None:
+    """Raises SystemExit when the folder lacks what a checkpoint has, or a file is not as its manifest says."""
     folder = Path(path)
     present = folder.is_dir() and list(folder.glob("*.safetensors"))
     missing = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
@@ -128,6 +138,14 @@ def check_checkpoint(path: str) -> None:
             f"'{path}' is not a checkpoint: it lacks {', '.join(missing)}. Name the folder that a stage wrote "
             "(its output_dir, or a checkpoint-N inside), and run the stage before if it is not there yet."
         )
+    if (folder / MANIFEST).is_file():  # a checkpoint of another project has none
+        try:
+            verify(folder)
+        except ValueError as reason:
+            raise SystemExit(
+                f"'{path}' is damaged: {reason}. Take another checkpoint or run its stage again; if you changed the "
+                f"file yourself, delete {MANIFEST}."
+            ) from None
 
 
 def settle(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stage: str) -> PreTrainedModel:

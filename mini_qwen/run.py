@@ -113,7 +113,7 @@ def finish(trainer: Guarded, result: TrainOutput, ledger: Ledger, *recipe: Any) 
     trainer_state.json the logged losses; training_loss.png their curve; manifest.json, written last, all hashes.
     """
     folder = Path(trainer.args.output_dir)
-    metrics = dict(result.metrics)
+    metrics = result.metrics | {"train_loss": mean_loss(trainer.state.log_history)}
     if trainer.eval_dataset is not None:
         metrics |= trainer.evaluate()
     trainer.model.config.use_cache = True  # switched off for training; a checkpoint is loaded to generate
@@ -141,6 +141,18 @@ def finish(trainer: Guarded, result: TrainOutput, ledger: Ledger, *recipe: Any) 
             print(f"wrote {folder}: " + ", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
     release(trainer.args)
     trainer.leave(0)
+
+
+def mean_loss(history: list[dict[str, Any]]) -> float:
+    """Of all steps of a run. The Trainer's own is of those since the last resume.
+
+    >>> mean_loss([{"step": 20, "loss": 4.0}, {"step": 30, "loss": 1.0}])
+    3.0
+    """
+    entries = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+    steps = [0, *(step for step, _ in entries)]
+    total = sum(loss * (step - before) for (step, loss), before in zip(entries, steps, strict=False))
+    return total / max(1, steps[-1])
 
 
 def plain_recipe(part: Any) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
             f"There is no tokenizer at '{path}' (tokenizer.json is missing). Train one with mini_qwen_tokenizer.py, "
             "or fetch the one of Qwen2.5 with 'bash prepare.sh --only model'."
         )
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     missing = [token for token in CONTROL_TOKENS if token not in tokenizer.get_vocab()]
     if missing:
         raise SystemExit(f"The tokenizer at '{path}' lacks {', '.join(missing)}, control tokens that ChatML needs.")

@@ -5,9 +5,8 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -18,16 +17,14 @@ from trl import SFTTrainer
 
 from mini_qwen.checkpoint import UNFINISHED, publish, rotate, write_manifest
 from mini_qwen.disk import checkpoint_bytes, explain_full_disk
+from mini_qwen.finiteness import check_step, check_weights, name_rows
 from mini_qwen.interruption import EXIT_CODE, StopAtStepBorder, interruption
 from mini_qwen.unpickling import load_deepspeed_safely
 from mini_qwen.watch import Heartbeat
 
-SHOWN_ROWS = 8
-SHOWN_TOKENS = 20
-
 
 class Guarded:
-    """Stands before a Trainer among the bases of a class; overrides four of the Trainer's private methods."""
+    """Stands before a Trainer among the bases of a class; overrides five of the Trainer's private methods."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.losses: list[torch.Tensor] = []  # of the micro-batches of the step under way
@@ -51,7 +48,7 @@ class Guarded:
             if "DataLoader worker" not in str(error):
                 raise
             ahead = max(1, self.args.dataloader_num_workers * (self.args.dataloader_prefetch_factor or 2))
-            raise SystemExit(f"{error}\nIt was reading {self.name_rows(0, ahead)}.") from error
+            raise SystemExit(f"{error}\nIt was reading {name_rows(self, 0, ahead)}.") from error
         finally:
             interruption.training = False
         if self.border.stopped or interruption.requested:
@@ -66,48 +63,20 @@ class Guarded:
         return loss
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> torch.Tensor | float:
-        """Called once a step, before the optimizer's; under DeepSpeed behind it, which skips what is not finite."""
+        """Called once a step, before the optimizer's; under DeepSpeed behind it."""
         norm = super()._get_grad_norm(*args, **kwargs)
         losses, self.losses = self.losses, []
+        check_step(self, losses, norm)
         if self.heartbeat is not None:
             self.heartbeat.step = self.state.global_step + 1
-        finite = torch.stack([torch.isfinite(loss) for loss in losses])
-        # fp16 scales its losses up until a gradient is infinite; the scaler then skips the step and halves the scale.
-        norm_is_finite = torch.isfinite(torch.as_tensor(norm, device=finite.device)) | self.gives_way()
-        if not (finite.all() & norm_is_finite).item():
-            self.stop_at_not_finite([loss.item() for loss in losses], float(norm))
         return norm
 
-    def gives_way(self) -> bool:
-        """Whether an infinite gradient is no fault: in fp16, as long as the loss can be scaled down further."""
-        scaler = self.accelerator.scaler
-        return self.args.fp16 and (scaler is None or scaler.get_scale() >= 1)
-
-    def stop_at_not_finite(self, losses: list[float], norm: float) -> NoReturn:
-        wrong = [number for number, loss in enumerate(losses) if not abs(loss) < float("inf")]
-        first, count = (wrong[0], 1) if wrong else (0, len(losses))
-        raise SystemExit(
-            f"Step {self.state.global_step + 1:,}, rank {self.args.process_index}: the loss is "
-            f"{', '.join(map(str, losses))}, the gradient's norm {norm}. The run stops before that reaches a "
-            f"checkpoint; go on from the newest with --resume_from_checkpoint true. This came from "
-            f"{self.name_rows(first, count)}. Look at them; if they are as they should be, lower learning_rate, raise "
-            "warmup_steps, or use bf16 or fp32 in place of fp16."
-        )
-
-    def name_rows(self, first: int, count: int) -> str:
-        """The rows of `count` micro-batches, from number `first` of the step under way on, by index and beginning."""
-        per_step = self.args.gradient_accumulation_steps
-        loader = self.callback_handler.train_dataloader
-        num_batches = self.state.global_step % max(1, -(-len(loader) // per_step)) * per_step + first
-        batches = islice(iter(loader.batch_sampler), num_batches, num_batches + count)
-        rows = [index for batch in batches for index in batch]
-        shown = ", ".join(f"{index} ({self.begin_of(index)!r})" for index in rows[:SHOWN_ROWS])
-        return f"rows {shown}" + f" and {len(rows) - SHOWN_ROWS} more" * (len(rows) > SHOWN_ROWS)
-
-    def begin_of(self, index: int) -> str:
-        row = self.train_dataset[index]
-        ids = row["input_ids" if "input_ids" in row else "prompt_ids"][:SHOWN_TOKENS]
-        return self.processing_class.decode(ids)
+    def _run_epoch(self, **kwargs: Any) -> None:
+        """The Trainer looks at max_steps behind a step only: a run that resumes at its end would make one more."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(**kwargs)
+        else:
+            self.control.should_training_stop = True
 
     # Saving
 
@@ -154,13 +123,7 @@ class Guarded:
                 self.heartbeat.saving = False
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
-        broken = [name for name, weight in self.model.named_parameters() if not torch.isfinite(weight).all()]
-        if broken:
-            raise SystemExit(
-                f"Step {self.state.global_step:,}: {broken[0]} and {len(broken) - 1} more weights are not finite and "
-                "are not saved. Go on from the newest checkpoint with --resume_from_checkpoint true and a lower "
-                "learning_rate, which --allow_changes learning_rate permits."
-            )
+        check_weights(self)
         super().save_model(*args, **kwargs)
 
     def _save(self, output_dir: str, *args: Any, **kwargs: Any) -> None:

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from programs import VOCAB, Programs, arguments
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+import mini_qwen_dpo
+import mini_qwen_pt
+import mini_qwen_sft
+import mini_qwen_tokenizer
 from mini_qwen.blocks import Blocks, write_blocks
 from mini_qwen.files import COMPRESSIONS, kind
 from mini_qwen.model import NewModel, build_model
@@ -77,6 +82,28 @@ def toy_texts() -> list[str]:
 def tokenizer() -> PreTrainedTokenizerBase:
     """A tokenizer of 400 tokens, trained here: 256 bytes, 141 merges and 3 control tokens."""
     return train_tokenizer(toy_texts(), vocab_size=400)
+
+
+@pytest.fixture(scope="session")
+def road(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the results of tokenizer, pt, sft and dpo, each of six steps."""
+    folder = tmp_path_factory.mktemp("road")
+    mini_qwen_tokenizer.main(
+        ["--config", str(ROOT / "recipes/demo/tokenizer.yaml"), "--vocab_size", str(VOCAB), "--output_dir"]
+        + [str(folder / "tokenizer"), "--train_files", str(ROOT / "mini_data/pt/tourism_geography")]
+        + ["--eval_rows", "50", "--compare_with", "nowhere"]
+    )
+    for stage, module in {"pt": mini_qwen_pt, "sft": mini_qwen_sft, "dpo": mini_qwen_dpo}.items():
+        module.main(arguments(stage, folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Programs]:
+    """What runs stage programs quickly, with faults planted into them."""
+    runner = Programs(tmp_path_factory.mktemp("programs"))
+    yield runner
+    runner.close()
 
 
 @pytest.fixture(scope="session")

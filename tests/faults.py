@@ -1,0 +1,198 @@
+"""Faults that are planted into a stage program before it runs: what a disk, a machine or a number can do to it.
+
+    python tests/faults.py '{"nan_loss": {"step": 3}}' mini_qwen_pt.py --config recipes/demo/pt.yaml
+
+Nothing of the program under test is replaced; the functions of the libraries below it are made to fail.
+"""
+
+import builtins
+import errno
+import json
+import os
+import runpy
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import transformers
+from accelerate import Accelerator
+from transformers import Trainer, TrainerCallback
+
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+
+
+class AtStep(TrainerCallback):
+    """Calls `action` when a step ends, or with `begins` when it begins, on one rank of all."""
+
+    def __init__(self, step: int, action: Callable[[Any], None], rank: int = 0, begins: bool = False) -> None:
+        self.step, self.action, self.rank, self.begins = step, action, rank, begins
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.begins and state.global_step + 1 == self.step and args.process_index == self.rank:
+            self.action(kwargs["model"])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self.begins and state.global_step == self.step and args.process_index == self.rank:
+            self.action(kwargs["model"])
+
+
+def add_to_every_trainer(callback: TrainerCallback) -> None:
+    make = Trainer.__init__
+
+    def make_with_callback(self: Trainer, *args: Any, **kwargs: Any) -> None:
+        make(self, *args, **kwargs)
+        self.add_callback(callback)
+
+    Trainer.__init__ = make_with_callback
+
+
+def nan_loss(step: int, value: float = float("nan"), micro_batch: int = 1, rank: int = 0) -> None:
+    """The loss of one micro-batch becomes `value`, and with it the gradient."""
+    from mini_qwen.trainer import Guarded
+
+    def compute_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = super(Guarded, self).compute_loss(*args, **kwargs)
+        here = self.state.global_step + 1 == step and len(self.losses) + 1 == micro_batch
+        return loss * value if here and self.model.training and self.args.process_index == rank else loss
+
+    Guarded.compute_loss = compute_loss
+
+
+def nan_gradient(step: int, value: float = float("nan"), rank: int = 0) -> None:
+    """One number of one gradient becomes `value`; the loss stays as it is."""
+    backward, steps = Accelerator.backward, {"done": 0}
+
+    def poison(gradient: torch.Tensor) -> torch.Tensor:
+        poisoned = gradient.clone()
+        poisoned.view(-1)[0] = value
+        return poisoned
+
+    def backward_and_poison(self: Accelerator, loss: torch.Tensor, **kwargs: Any) -> None:
+        steps["done"] += 1
+        if steps["done"] == step and self.process_index == rank:
+            loss.register_hook(poison)
+        backward(self, loss, **kwargs)
+
+    Accelerator.backward = backward_and_poison
+
+
+def nan_weight(step: int, rank: int = 0) -> None:
+    """One weight is not a number when the step has ended, before anything is saved."""
+
+    def poison(model: torch.nn.Module) -> None:
+        with torch.no_grad():
+            next(model.parameters()).view(-1)[0] = float("nan")
+
+    add_to_every_trainer(AtStep(step, poison, rank))
+
+
+def send_signal(step: int, name: str, rank: int = 0) -> None:
+    """The process gets a signal while it works on a step."""
+    number = signal.Signals[name]
+    add_to_every_trainer(AtStep(step, lambda _: os.kill(os.getpid(), number), rank, begins=True))
+
+
+def at_each_write(folder: str, action: Callable[[int, str], None]) -> None:
+    """Call `action` with the number and the kind of each thing that is done to files below `folder`.
+
+    Of a file that torch or safetensors write, twice: when half of it is there, and when it is whole.
+    """
+    inside, count = os.path.realpath(folder), {"writes": 0, "busy": False}
+
+    def point(kind: str) -> None:
+        count["writes"] += 1
+        count["busy"] = True
+        action(count["writes"], kind)
+        count["busy"] = False
+
+    def is_inside(path: object) -> bool:
+        return isinstance(path, str | os.PathLike) and os.path.realpath(path).startswith(inside + os.sep)
+
+    def hear(event: str, args: tuple[Any, ...]) -> None:
+        if count["busy"] or not args or not is_inside(args[0]):
+            return
+        if event == "open" and isinstance(args[2], int) and args[2] & WRITING:
+            point(f"open {Path(args[0]).name}")
+        elif event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir"):
+            point(f"{event} {Path(args[0]).name}")
+
+    def twice(write: Callable[..., Any], place: int) -> Callable[..., Any]:
+        def write_with_points(*args: Any, **kwargs: Any) -> None:
+            write(*args, **kwargs)
+            if is_inside(args[place]):
+                file = Path(args[place])
+                count["busy"] = True
+                whole = file.read_bytes()
+                file.write_bytes(whole[: len(whole) // 2])
+                point(f"half {file.name}")
+                count["busy"] = True
+                file.write_bytes(whole)
+                point(f"whole {file.name}")
+
+        return write_with_points
+
+    torch.save = twice(torch.save, 1)
+    transformers.modeling_utils.safe_save_file = twice(safetensors.torch.save_file, 1)
+    sys.addaudithook(hear)
+
+
+def kill_at_write(folder: str, number: int) -> None:
+    """kill -9 at the `number`-th thing that is done to files below `folder`."""
+
+    def act(count: int, kind: str) -> None:
+        if count == number:
+            print(f"killed at write {number}: {kind}", flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    at_each_write(folder, act)
+
+
+def full_disk(folder: str, number: int) -> None:
+    """From the `number`-th thing on that is done to files below `folder`, the disk has no room."""
+
+    def act(count: int, kind: str) -> None:
+        if count >= number and not kind.startswith(("os.remove", "os.rmdir", "os.rename")):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    at_each_write(folder, act)
+
+
+def dying_worker(row: int) -> None:
+    """The process that reads this row of the training data is killed, as the system does when memory runs out."""
+    from mini_qwen.blocks import Blocks
+
+    get = Blocks.__getitem__
+
+    def get_or_die(self: Blocks, index: int) -> Any:
+        if index == row and torch.utils.data.get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return get(self, index)
+
+    Blocks.__getitem__ = get_or_die
+
+
+FAULTS = {
+    fault.__name__: fault
+    for fault in (nan_loss, nan_gradient, nan_weight, send_signal, kill_at_write, full_disk, dying_worker)
+}
+
+
+def plant(faults: dict[str, dict[str, Any]]) -> None:
+    for name, options in faults.items():
+        FAULTS[name](**options)
+
+
+def main() -> None:
+    plant(json.loads(sys.argv[1]))
+    sys.argv = sys.argv[2:]
+    sys.path.insert(0, str(Path(sys.argv[0]).resolve().parent))
+    builtins.print(f"faults planted into {sys.argv[0]}", flush=True)
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
