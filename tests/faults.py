@@ -96,6 +96,11 @@ def send_signal(step: int, name: str, rank: int = 0) -> None:
     add_to_every_trainer(AtStep(step, lambda _: os.kill(os.getpid(), number), rank, begins=True))
 
 
+def kill_at_step(step: int, rank: int = 0) -> None:
+    """kill -9 while the process works on a step."""
+    send_signal(step, "SIGKILL", rank)
+
+
 def at_each_write(folder: str, action: Callable[[int, str], None]) -> None:
     """Call `action` with the number and the kind of each thing that is done to files below `folder`.
 
@@ -177,7 +182,8 @@ def dying_worker(row: int) -> None:
 
 FAULTS = {
     fault.__name__: fault
-    for fault in (nan_loss, nan_gradient, nan_weight, send_signal, kill_at_write, full_disk, dying_worker)
+    for fault in (nan_loss, nan_gradient, nan_weight, send_signal, kill_at_step, kill_at_write, full_disk)
+    + (dying_worker,)
 }
 
 

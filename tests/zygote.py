@@ -4,6 +4,8 @@ It reads jobs from its standard input, a line of JSON each, and answers with the
 signal ended the program. Standard output and error of the programs go to a file.
 """
 
+import gc
+import importlib
 import json
 import os
 import signal
@@ -14,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+STAGES = ("pt", "sft", "dpo")
 TIMEOUT = 120.0  # seconds
 
 
 def run_job(job: dict[str, Any]) -> int:
     """In the fork: run the stage as the program that it is, and return its exit code."""
-    import importlib
-
     import faults
 
     sys.argv = [f"mini_qwen_{job['stage']}.py", *job["argv"]]
@@ -61,21 +62,17 @@ def fork(job: dict[str, Any]) -> int:
 
 
 def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what the libraries print when they are imported is no answer
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     os.chdir(ROOT)
     import torch
 
     torch.set_num_threads(1)
-    import datasets
-
-    import mini_qwen_dpo
-    import mini_qwen_pt
-    import mini_qwen_sft
-
-    datasets.disable_progress_bars()
-    assert mini_qwen_pt and mini_qwen_sft and mini_qwen_dpo
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+    for name in ("deepspeed", "transformers.models.qwen2.modeling_qwen2", *(f"mini_qwen_{stage}" for stage in STAGES)):
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # a fork's garbage collector has nothing to do with what was imported here
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
         print(fork(json.loads(line)), file=answers, flush=True)
