@@ -6,7 +6,7 @@ from itertools import islice
 import torch
 from transformers import Trainer
 
-SHOWN_ROWS = 8
+SHOWN_ROWS = 8  # with their beginnings; of the others the index
 SHOWN_TOKENS = 20
 
 
@@ -61,8 +61,8 @@ def name_rows(trainer: Trainer, first: int, count: int) -> str:
     num_batches = trainer.state.global_step % max(1, -(-len(loader) // per_step)) * per_step + first
     batches = islice(iter(loader.batch_sampler), num_batches, num_batches + count)
     rows = [index for batch in batches for index in batch]
-    shown = ", ".join(f"{index} ({begin_of(trainer, index)!r})" for index in rows[:SHOWN_ROWS])
-    return f"rows {shown}" + f" and {len(rows) - SHOWN_ROWS} more" * (len(rows) > SHOWN_ROWS)
+    shown = [f"{index} ({begin_of(trainer, index)!r})" for index in rows[:SHOWN_ROWS]]
+    return "rows " + ", ".join([*shown, *map(str, rows[SHOWN_ROWS:])])
 
 
 def begin_of(trainer: Trainer, index: int) -> str:

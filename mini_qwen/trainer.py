@@ -47,7 +47,9 @@ class Guarded:
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
-            ahead = max(1, self.args.dataloader_num_workers * (self.args.dataloader_prefetch_factor or 2))
+            # Its worker reads so many batches ahead of the step, and accelerate one.
+            ahead = self.args.dataloader_num_workers * (self.args.dataloader_prefetch_factor or 2) + 1
+            ahead += self.args.gradient_accumulation_steps
             raise SystemExit(f"{error}\nIt was reading {name_rows(self, 0, ahead)}.") from error
         finally:
             interruption.training = False

@@ -62,22 +62,38 @@ def nan_loss(step: int, value: float = float("nan"), micro_batch: int = 1, rank:
     Guarded.compute_loss = compute_loss
 
 
-def nan_gradient(step: int, value: float = float("nan"), rank: int = 0) -> None:
-    """One number of one gradient becomes `value`; the loss stays as it is."""
-    backward, steps = Accelerator.backward, {"done": 0}
+def poisoned_row(row: int, from_step: int) -> None:
+    """A row of the training data makes the loss of its batch NaN."""
+    from mini_qwen.trainer import Guarded
+
+    def compute_loss(self: Any, model: Any, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+        ids = torch.as_tensor(self.train_dataset[row]["input_ids"])[: inputs["input_ids"].shape[1]]
+        found = (inputs["input_ids"][:, : len(ids)] == ids).all(dim=1).any()
+        found = found and self.state.global_step + 1 >= from_step
+        loss = super(Guarded, self).compute_loss(model, inputs, *args, **kwargs)
+        return loss * float("nan") if found and model.training else loss
+
+    Guarded.compute_loss = compute_loss
+
+
+def nan_gradient(backward_pass: int, value: float = float("nan"), rank: int = 0) -> None:
+    """One number of the embedding's gradient becomes `value` in one backward pass; the loss stays as it is."""
+    backward, passes = Accelerator.backward, {"done": 0}
 
     def poison(gradient: torch.Tensor) -> torch.Tensor:
+        if passes["done"] != backward_pass:
+            return gradient
         poisoned = gradient.clone()
         poisoned.view(-1)[0] = value
         return poisoned
 
-    def backward_and_poison(self: Accelerator, loss: torch.Tensor, **kwargs: Any) -> None:
-        steps["done"] += 1
-        if steps["done"] == step and self.process_index == rank:
-            loss.register_hook(poison)
+    def backward_and_count(self: Accelerator, loss: torch.Tensor, **kwargs: Any) -> None:
+        passes["done"] += 1
+        if passes["done"] == 1 and self.process_index == rank:
+            next(self._models[0].parameters()).register_hook(poison)
         backward(self, loss, **kwargs)
 
-    Accelerator.backward = backward_and_poison
+    Accelerator.backward = backward_and_count
 
 
 def nan_weight(step: int, rank: int = 0) -> None:
@@ -182,7 +198,16 @@ def dying_worker(row: int) -> None:
 
 FAULTS = {
     fault.__name__: fault
-    for fault in (nan_loss, nan_gradient, nan_weight, send_signal, kill_at_step, kill_at_write, full_disk)
+    for fault in (
+        nan_loss,
+        poisoned_row,
+        nan_gradient,
+        nan_weight,
+        send_signal,
+        kill_at_step,
+        kill_at_write,
+        full_disk,
+    )
     + (dying_worker,)
 }
 
