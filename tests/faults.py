@@ -161,6 +161,16 @@ def at_each_write(folder: str, action: Callable[[int, str], None]) -> None:
     sys.addaudithook(hear)
 
 
+def signal_at_write(folder: str, kind: str, name: str) -> None:
+    """The process gets a signal when it does something of this kind to files below `folder`, see at_each_write."""
+
+    def act(count: int, what: str) -> None:
+        if what == kind:
+            os.kill(os.getpid(), signal.Signals[name])
+
+    at_each_write(folder, act)
+
+
 def kill_at_write(folder: str, number: int) -> None:
     """kill -9 at the `number`-th thing that is done to files below `folder`."""
 
@@ -196,20 +206,9 @@ def dying_worker(row: int) -> None:
     Blocks.__getitem__ = get_or_die
 
 
-FAULTS = {
-    fault.__name__: fault
-    for fault in (
-        nan_loss,
-        poisoned_row,
-        nan_gradient,
-        nan_weight,
-        send_signal,
-        kill_at_step,
-        kill_at_write,
-        full_disk,
-    )
-    + (dying_worker,)
-}
+ALL = (nan_loss, poisoned_row, nan_gradient, nan_weight, send_signal, kill_at_step)
+ALL += (signal_at_write, kill_at_write, full_disk, dying_worker)
+FAULTS = {fault.__name__: fault for fault in ALL}
 
 
 def plant(faults: dict[str, dict[str, Any]]) -> None:
