@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
+import re
 import sys
 import types
 import typing
@@ -14,6 +15,7 @@ from typing import Any
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+SECRET = re.compile("token$|key$|secret|password|credential", re.IGNORECASE)
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -40,7 +42,7 @@ def parse_recipe(*classes: type, argv: list[str] | None = None, default: str) ->
         if key not in owners:
             near = difflib.get_close_matches(key, owners, n=1)
             cure = f"Did you mean '{near[0]}'?" if near else "See the recipes/ folder for the keys there are."
-            raise SystemExit(f"Unknown recipe key '{key}' (value {show(value)}) {place}. {cure}")
+            raise SystemExit(f"Unknown recipe key '{key}' (value {show(key, value)}) {place}. {cure}")
         owner = owners[key]
         instead = getattr(owner, "decided", {}).get(key)
         if instead is not None:
@@ -91,7 +93,10 @@ def parse_scalar(word: str) -> Any:
         return word
 
 
-def show(value: Any) -> str:
+def show(key: str, value: Any) -> str:
+    """For a message; what the key calls a secret is not said."""
+    if SECRET.search(key):
+        return "not shown"
     return repr(" ".join(value) if isinstance(value, Words) else value)
 
 
