@@ -12,6 +12,7 @@ import os
 import runpy
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,16 @@ def send_signal(step: int, name: str, rank: int = 0) -> None:
     add_to_every_trainer(AtStep(step, lambda _: os.kill(os.getpid(), number), rank, begins=True))
 
 
+def signal_launcher(step: int, name: str) -> None:
+    """What launched the process gets a signal while rank 0 works on a step, which takes another second then."""
+
+    def send(model: torch.nn.Module) -> None:
+        os.kill(os.getppid(), signal.Signals[name])
+        time.sleep(1)
+
+    add_to_every_trainer(AtStep(step, send, begins=True))
+
+
 def kill_at_step(step: int, rank: int = 0) -> None:
     """kill -9 while the process works on a step."""
     send_signal(step, "SIGKILL", rank)
@@ -206,7 +217,7 @@ def dying_worker(row: int) -> None:
     Blocks.__getitem__ = get_or_die
 
 
-ALL = (nan_loss, poisoned_row, nan_gradient, nan_weight, send_signal, kill_at_step)
+ALL = (nan_loss, poisoned_row, nan_gradient, nan_weight, send_signal, signal_launcher, kill_at_step)
 ALL += (signal_at_write, kill_at_write, full_disk, dying_worker)
 FAULTS = {fault.__name__: fault for fault in ALL}
 
