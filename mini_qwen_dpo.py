@@ -1,7 +1,7 @@
 """Stage 3, direct preference optimisation: of two answers, the model learns to prefer the better one.
 
-    accelerate launch --config_file accelerate_config.yaml mini_qwen_dpo.py   # the full recipe on a node of GPUs
-    python mini_qwen_dpo.py --config recipes/demo/dpo.yaml                    # a CPU and mini_data
+    bash run.sh dpo                                          # the full recipe, a process for each GPU
+    python mini_qwen_dpo.py --config recipes/demo/dpo.yaml   # a CPU and mini_data
 
 The recipe holds every hyperparameter; the command line overrides it, for example `--learning_rate 1e-6`.
 

@@ -1,7 +1,7 @@
 """Stage 1, pretraining: a resized Qwen2.5 with random weights learns to continue documents.
 
-    accelerate launch --config_file accelerate_config.yaml mini_qwen_pt.py    # the full recipe on a node of GPUs
-    python mini_qwen_pt.py --config recipes/demo/pt.yaml                      # a CPU and mini_data
+    bash run.sh pt                                           # the full recipe, a process for each GPU
+    python mini_qwen_pt.py --config recipes/demo/pt.yaml     # a CPU and mini_data
 
 The recipe holds every hyperparameter; the command line overrides it, for example `--learning_rate 2e-4`.
 

@@ -1,7 +1,7 @@
 """Stage 2, supervised fine-tuning: the pretrained model learns to answer, and to stop.
 
-    accelerate launch --config_file accelerate_config.yaml mini_qwen_sft.py   # the full recipe on a node of GPUs
-    python mini_qwen_sft.py --config recipes/demo/sft.yaml                    # a CPU and mini_data
+    bash run.sh sft                                          # the full recipe, a process for each GPU
+    python mini_qwen_sft.py --config recipes/demo/sft.yaml   # a CPU and mini_data
 
 The recipe holds every hyperparameter; the command line overrides it, for example `--learning_rate 2e-5`.
 

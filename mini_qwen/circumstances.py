@@ -35,7 +35,7 @@ def versions() -> dict[str, str]:
 def git_commit() -> str:
     """The commit of the source, with `+changes` when files differ from it; 'unknown' outside a git checkout."""
     root = Path(__file__).resolve().parents[1]
-    git = ["git", "-C", str(root)]
+    git = ["git", "--no-optional-locks", "-C", str(root)]  # a run must not stand in the way of the user's own git
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
         changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout

@@ -59,7 +59,7 @@ def check_launch(args: TrainingArguments) -> None:
     if args.n_gpu > 1 and not args.prepare_only:
         raise SystemExit(
             f"{args.n_gpu} GPUs are visible to one process. Start one process for each GPU, 'bash run.sh STAGE' or "
-            "'accelerate launch --config_file accelerate_config.yaml', or show one: CUDA_VISIBLE_DEVICES=0."
+            "'python -m mini_qwen.launch --num_processes N', or show one: CUDA_VISIBLE_DEVICES=0."
         )
     asked = int(os.environ.get(NUM_PROCESSES, args.world_size))
     if asked != args.world_size:

@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import runpy
+import shutil
 import signal
 import sys
 import time
@@ -203,6 +204,16 @@ def full_disk(folder: str, number: int) -> None:
     at_each_write(folder, act)
 
 
+def fill_disk(folder: str, step: int, free: int) -> None:
+    """Something else takes the room of the disk of `folder`, but for `free` bytes, while a step is made."""
+
+    def fill(model: torch.nn.Module) -> None:
+        with (Path(folder) / "filling").open("wb") as stream:
+            stream.write(bytes(shutil.disk_usage(folder).free - free))
+
+    add_to_every_trainer(AtStep(step, fill, begins=True))
+
+
 def dying_worker(row: int) -> None:
     """The process that reads this row of the training data is killed, as the system does when memory runs out."""
     from mini_qwen.blocks import Blocks
@@ -218,7 +229,7 @@ def dying_worker(row: int) -> None:
 
 
 ALL = (nan_loss, poisoned_row, nan_gradient, nan_weight, send_signal, signal_launcher, kill_at_step)
-ALL += (signal_at_write, kill_at_write, full_disk, dying_worker)
+ALL += (signal_at_write, kill_at_write, full_disk, fill_disk, dying_worker)
 FAULTS = {fault.__name__: fault for fault in ALL}
 
 
