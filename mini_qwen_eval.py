@@ -20,9 +20,11 @@ from mini_qwen.evaluation import EvalData, evaluate, load_checkpoint
 from mini_qwen.generation import talk
 from mini_qwen.recipe import parse_recipe
 from mini_qwen.report import write_report
+from mini_qwen.watch import call_when_orphaned, end_as_orphan
 
 
 def main(argv: list[str] | None = None) -> None:
+    call_when_orphaned(end_as_orphan)
     (args,) = parse_recipe(EvalData, argv=argv, default="recipes/eval.yaml")
     logging.set_verbosity_error()
 

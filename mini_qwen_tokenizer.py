@@ -19,6 +19,7 @@ from mini_qwen.ledger import Ledger
 from mini_qwen.recipe import parse_recipe
 from mini_qwen.rows import check_columns, read_rows
 from mini_qwen.tokenizer import bytes_per_token, load_tokenizer, train_tokenizer
+from mini_qwen.watch import call_when_orphaned, end_as_orphan
 
 
 @dataclass
@@ -35,6 +36,7 @@ class TokenizerData:
 
 
 def main(argv: list[str] | None = None) -> None:
+    call_when_orphaned(end_as_orphan)
     started = time.time()
     (args,) = parse_recipe(TokenizerData, argv=argv, default="recipes/tokenizer.yaml")
 

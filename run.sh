@@ -63,10 +63,13 @@ count_gpus() {
 }
 
 forward_signals() { # command ...: run it so that a signal to this script reaches it; its exit code is this one's
-    local child status signalled=true
+    local child status signalled=true interrupted=false
     MINI_QWEN_LAUNCHER=$$ "$@" <&0 &
     child=$!
-    trap 'signalled=true; kill -TERM $child 2>/dev/null' TERM INT HUP
+    trap 'signalled=true; kill -TERM $child 2>/dev/null' TERM HUP
+    # A second Ctrl-C does not wait for the step border.
+    trap 'signalled=true; if $interrupted; then kill -KILL $child; else kill -TERM $child; fi 2>/dev/null
+        interrupted=true' INT
     while $signalled; do # a signal ends the wait, not the command
         signalled=false status=0
         wait $child || status=$?
@@ -81,7 +84,7 @@ launch() { # stage, arguments of its script
     num_gpus=$(count_gpus)
     if [ "$num_gpus" -gt 1 ] && [[ "$stage" =~ ^(pt|sft|dpo)$ ]]; then
         # One process prepares the data while no other waits for it, then all open what it left in the cache.
-        forward_signals python "mini_qwen_$stage.py" "$@" --prepare_only true
+        forward_signals python "mini_qwen_$stage.py" "$@" --prepare_only true || return $?
         forward_signals python -m mini_qwen.launch --num_processes "$num_gpus" "mini_qwen_$stage.py" "$@"
     else
         forward_signals python "mini_qwen_$stage.py" "$@"

@@ -9,10 +9,11 @@ from datasets import Dataset, load_dataset
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, Qwen2Config
 from trl import SFTConfig, SFTTrainer
 
-from bench.measurement import Facts, Work, alternate, folder_bytes, medians, ratios
+from bench.measurement import Facts, Work, alternate, medians, ratios
 from bench.sources import MAX_LENGTH, SEED, read_conversations, tokenizer_path, write_conversations
 from mini_qwen.blocks import Blocks
 from mini_qwen.conversations import ConversationData, prepare_conversations
+from mini_qwen.disk import folder_bytes
 from mini_qwen.schemas import Turn
 from mini_qwen.tokenizer import load_tokenizer
 

@@ -12,9 +12,10 @@ import torch
 from datasets import Dataset, concatenate_datasets, load_dataset
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 
-from bench.measurement import Facts, Work, alternate, folder_bytes, medians, ratios
+from bench.measurement import Facts, Work, alternate, medians, ratios
 from bench.sources import BLOCK_SIZE, SEED, tokenizer_path, write_texts
 from mini_qwen.blocks import BlockCollator, Blocks
+from mini_qwen.disk import folder_bytes
 from mini_qwen.documents import DocumentData, prepare_documents
 from mini_qwen.tokenizer import load_tokenizer
 

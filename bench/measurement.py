@@ -118,10 +118,6 @@ def memory_mb(process: psutil.Process) -> float:
     return kilobytes / 1000
 
 
-def folder_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-
-
 def processor() -> str:
     """The model's name, where Linux tells it."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

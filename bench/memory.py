@@ -19,9 +19,10 @@ os.environ["HF_HUB_OFFLINE"] = os.environ["TQDM_DISABLE"] = "1"
 
 from tabulate import tabulate
 
-from bench.measurement import Facts, Work, folder_bytes, measure, processor
+from bench.measurement import Facts, Work, measure, processor
 from bench.sources import BLOCK_SIZE, tokenizer_path, write_texts
 from mini_qwen.circumstances import circumstances
+from mini_qwen.disk import folder_bytes
 from mini_qwen.documents import DocumentData, prepare_documents
 from mini_qwen.encoding import text_encoder
 from mini_qwen.tokenizer import load_tokenizer

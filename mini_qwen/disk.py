@@ -1,5 +1,7 @@
 """Room on the disk: what the checkpoints of a run will need, against what is free, before the first step."""
 
+import errno
+import math
 import shutil
 from pathlib import Path
 
@@ -53,19 +55,28 @@ def most_checkpoints(trainer: Trainer, num_steps: int) -> int:
         return 1
     if args.save_strategy == SaveStrategy.STEPS:
         every = args.save_steps if args.save_steps >= 1 else max(1, num_steps * args.save_steps)
-        num_saves = int(-(-num_steps // every))
+        num_saves = math.ceil(num_steps / every)
     else:
-        num_saves = max(1, int(-(-args.num_train_epochs // 1)))
-    return min(num_saves, args.save_total_limit or num_saves)
+        num_saves = max(1, math.ceil(args.num_train_epochs))
+    return min(num_saves, trainer.checkpoint_limit or num_saves)
 
 
-def check_space(trainer: Trainer, num_steps: int) -> None:
+def count_steps(trainer: Trainer) -> int:
+    """Of the whole run, as the Trainer will count them."""
+    args = trainer.args
+    if args.max_steps > 0:
+        return args.max_steps
+    num_batches = math.ceil(len(trainer.train_dataset) / (args.train_batch_size * args.world_size))
+    return math.ceil(args.num_train_epochs * math.ceil(num_batches / args.gradient_accumulation_steps))
+
+
+def check_space(trainer: Trainer) -> None:
     """Raises SystemExit when the disk of output_dir has no room for the checkpoints and the finished model.
 
     An old checkpoint is deleted when the new one is whole, so that there is one more for a while.
     """
     folder = Path(trainer.args.output_dir)
-    each, number = checkpoint_bytes(trainer), most_checkpoints(trainer, num_steps)
+    each, number = checkpoint_bytes(trainer), most_checkpoints(trainer, count_steps(trainer))
     model = sum(weight.numel() * weight.element_size() for weight in trainer.model.parameters())
     there = sum(map(folder_bytes, find_checkpoints(folder)))
     need, free = each * (number + 1) + model - there, shutil.disk_usage(folder).free
@@ -77,11 +88,15 @@ def check_space(trainer: Trainer, num_steps: int) -> None:
         )
 
 
-def explain_full_disk(error: Exception, folder: Path, need: int) -> SystemExit | None:
-    """What to say instead of the error when the cause is a disk without room; None when it has enough."""
-    free = shutil.disk_usage(folder).free
-    no_room = getattr(error, "errno", None) == 28 or "No space left" in str(error) or free < need
-    if not no_room:
+def explain_full_disk(error: Exception, folder: Path, unfinished: Path, need: int) -> SystemExit | None:
+    """What to say instead of the error when the cause is a disk without room; None when it has enough.
+
+    torch says nothing of the disk when it cannot write, so the figures decide: what is free, and what this save has
+    taken so far.
+    """
+    free = shutil.disk_usage(folder).free + folder_bytes(unfinished)
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+    if not full and free >= need:
         return None
     return SystemExit(
         f"The disk of {folder} is full: a checkpoint needs {gigabytes(need)}, {gigabytes(free)} are free "

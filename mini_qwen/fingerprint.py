@@ -16,12 +16,16 @@ from mini_qwen.circumstances import versions
 SAMPLED_ROWS = 512
 # Settings that decide when something is written, shown or measured, or that stand under a name of their own.
 NEUTRAL_PREFIXES = ("logging_", "log_", "eval_", "save_", "hub_", "push_", "trackio_", "report_", "include_", "do_")
-NEUTRAL_PREFIXES += ("dataloader_", "ddp_", "fsdp")
+NEUTRAL_PREFIXES += ("ddp_", "fsdp")
 NEUTRAL = {"output_dir", "per_device_eval_batch_size", "prediction_loss_only", "batch_eval_metrics", "disable_tqdm"}
 NEUTRAL |= {"run_name", "project", "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "debug"}
 NEUTRAL |= {"resume_from_checkpoint", "allow_changes", "prepare_only", "needs_gpu", "local_rank", "use_cpu"}
-NEUTRAL |= {"skip_memory_metrics", "restore_callback_states_from_checkpoint", "accelerator_config", "deepspeed"}
+NEUTRAL |= {"skip_memory_metrics", "restore_callback_states_from_checkpoint", "deepspeed"}
+NEUTRAL |= {f"dataloader_{name}" for name in ("num_workers", "pin_memory", "persistent_workers", "prefetch_factor")}
+NEUTRAL |= {"dataloader_multiprocessing_context", "dataloader_in_order"}
 NEUTRAL |= {"parallelism_config", "precompute_ref_batch_size", "torch_empty_cache_steps", "bf16", "fp16"}
+# Stand in the optimizer's state and come back with it, whatever the recipe says.
+IN_CHECKPOINT = {"weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "optim_args"}
 # Of a config: who wrote it and where it lies.
 FOREIGN_CONFIG = {"transformers_version", "_name_or_path", "dtype", "use_cache", "architectures", "training_stage"}
 
@@ -29,7 +33,8 @@ FOREIGN_CONFIG = {"transformers_version", "_name_or_path", "dtype", "use_cache",
 def make_fingerprint(trainer: Trainer) -> dict[str, Any]:
     """Names and values that a run and its continuation have in common, as JSON holds them.
 
-    Equal fingerprints and the same checkpoint give the same weights, bit for bit, on one kind of machine.
+    Equal fingerprints and the same checkpoint give the same weights, bit for bit, on one kind of machine. With
+    dropout, evaluations must come at the same steps too: each draws a number from torch's generator.
     """
     args, model = trainer.args, trainer.model
     found = {
@@ -56,6 +61,8 @@ def make_fingerprint(trainer: Trainer) -> dict[str, Any]:
 def plain(value: Any) -> Any:
     """As it comes back from JSON: enums by their value, tuples as lists, other objects in words."""
     value = getattr(value, "value", value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
     if isinstance(value, dict):
         return {str(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -105,11 +112,14 @@ def check_same_run(saved: dict[str, Any], now: dict[str, Any], place: str, allow
             near = difflib.get_close_matches(name, [*names, *groups], n=1)
             hint = f" Did you mean '{near[0]}'?" if near else ""
             raise SystemExit(f"allow_changes names '{name}', which no run has.{hint}")
-    differing = [
-        name
-        for name in names
-        if saved.get(name) != now.get(name) and name not in allowed and name.partition(".")[0] not in allowed
-    ]
+    differing = [name for name in names if saved.get(name) != now.get(name)]
+    fixed = sorted(IN_CHECKPOINT.intersection(differing, allowed))
+    if fixed:
+        raise SystemExit(
+            f"{', '.join(fixed)} cannot change when a run goes on: the checkpoint brings its optimizer. Go back to "
+            f"{', '.join(f'{name} {saved[name]!r}' for name in fixed)}, or begin a new run."
+        )
+    differing = [name for name in differing if name not in allowed and name.partition(".")[0] not in allowed]
     if differing:
         values = "; ".join(f"{name} was {saved.get(name)!r}, is {now.get(name)!r}" for name in differing)
         raise SystemExit(

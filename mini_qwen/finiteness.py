@@ -24,12 +24,14 @@ def check_step(trainer: Trainer, losses: list[torch.Tensor], norm: torch.Tensor 
     values = [loss.item() for loss in losses]
     wrong = [number for number, loss in enumerate(values) if not math.isfinite(loss)]
     first, count = (wrong[0], 1) if wrong else (0, len(losses))
+    num_ranks = trainer.args.world_size
+    others = f" or from rows of the other {num_ranks - 1} processes" * (num_ranks > 1 and not wrong)
     raise SystemExit(
         f"Step {trainer.state.global_step + 1:,}, rank {trainer.args.process_index}: the loss is "
         f"{', '.join(map(str, values))}, the gradient's norm {float(norm)}. The run stops before that reaches a "
         f"checkpoint; go on from the newest with --resume_from_checkpoint true. This came from "
-        f"{name_rows(trainer, first, count)}. Look at them; if they are as they should be, lower learning_rate or "
-        "raise warmup_steps and permit it by --allow_changes, or use precision bf16 or fp32 in place of fp16."
+        f"{name_rows(trainer, first, count)}{others}. Look at them; if they are as they should be, lower "
+        "learning_rate or raise warmup_steps and permit it by --allow_changes, or use bf16 or fp32 in place of fp16."
     )
 
 
@@ -58,7 +60,9 @@ def name_rows(trainer: Trainer, first: int, count: int) -> str:
     """The rows of `count` micro-batches, from number `first` of the step under way on, by index and beginning."""
     per_step = trainer.args.gradient_accumulation_steps
     loader = trainer.callback_handler.train_dataloader
-    num_batches = trainer.state.global_step % max(1, -(-len(loader) // per_step)) * per_step + first
+    epoch, step = divmod(trainer.state.global_step, max(1, math.ceil(len(loader) / per_step)))
+    loader.set_epoch(epoch)  # reading ahead may have begun the next one
+    num_batches = step * per_step + first
     batches = islice(iter(loader.batch_sampler), num_batches, num_batches + count)
     rows = [index for batch in batches for index in batch]
     shown = [f"{index} ({begin_of(trainer, index)!r})" for index in rows[:SHOWN_ROWS]]

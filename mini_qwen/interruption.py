@@ -7,6 +7,7 @@ The exit code is 75 (EX_TEMPFAIL of sysexits.h): the run was stopped, and the sa
 import os
 import signal
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -54,7 +55,28 @@ class Interruption:
         self.requested, self.asked_at = reason, time.monotonic()
         if self.speaks:
             then = "stopping at the next step border, with a checkpoint" if self.training else "stopping"
-            os.write(2, f"\n{reason}: {then}\n".encode())  # print() may be what the signal came into
+            say(f"{reason}: {then}")
+
+
+def say(words: str) -> None:
+    """Write to standard error from a signal's handler or a thread, which print() may be busy in the midst of.
+
+    Where the terminal is gone, all further words go nowhere: an error here or there would end the run before it saves.
+    """
+    try:
+        os.write(2, f"\n{words}\n".encode())
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
+
+
+def ignore_signals(initialise: Callable[[int], None] | None, worker: int) -> None:
+    """For a data worker: a signal to the whole group is for the training to answer, which needs data until then."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if initialise is not None:
+        initialise(worker)
 
 
 interruption = Interruption()
@@ -63,8 +85,8 @@ interruption = Interruption()
 class StopAtStepBorder(TrainerCallback):
     """Ends the training behind the step in which any of the processes was asked to stop, and saves there.
 
-    What was not logged yet is logged before every checkpoint: a loss that is logged after a resume is then the mean of
-    the same steps as in a run without interruption.
+    What was not logged yet is logged at every save and behind the last step, so that no step's loss goes unlogged and
+    a resumed run logs what a straight one does; one that was stopped has an entry more, at that step.
     """
 
     stopped = False
@@ -77,5 +99,14 @@ class StopAtStepBorder(TrainerCallback):
             torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
         if asked.item():
             self.stopped = control.should_save = control.should_training_stop = True
+            control.should_evaluate = False  # whoever asked may not wait so long
+        control.should_log = control.should_log or control.should_save or state.global_step >= state.max_steps
+        return control
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        if self.stopped:  # in the midst of the epoch, and saved there
+            control.should_save = control.should_evaluate = False
         control.should_log = control.should_log or control.should_save
         return control

@@ -12,13 +12,14 @@ import argparse
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from types import FrameType
 
 import psutil
 
 from mini_qwen.interruption import EXIT_CODE, SIGNALS
-from mini_qwen.watch import LAUNCHER, call_when_orphaned
+from mini_qwen.watch import LAUNCHER, ORPHAN_SECONDS, call_when_orphaned
 
 NUM_PROCESSES = "MINI_QWEN_NUM_PROCESSES"  # in the environment of each process: how many were asked for
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,20 +27,33 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def forward(number: int, frame: FrameType | None = None) -> None:
     """Hand a signal on to the processes of the run. SIGINT too is theirs to answer, not this program's."""
-    for process in psutil.Process().children():
+    processes = psutil.Process().children()
+    if not processes and number != signal.SIGKILL:  # none is there yet that could stop
+        raise SystemExit(EXIT_CODE)
+    for process in processes:
         process.send_signal(number)
 
 
-def exit_code(codes: list[int]) -> int:
-    """Of a run whose processes ended with these; negative ones were ended by a signal.
+def end_all_as_orphans() -> None:
+    """run.sh was killed: the processes have as long as they have when this program is killed."""
+    forward(signal.SIGTERM)
+    time.sleep(ORPHAN_SECONDS)
+    forward(signal.SIGKILL)
+    os._exit(EXIT_CODE)
 
-    >>> exit_code([75, -15]), exit_code([-15, 1]), exit_code([-9])
+
+def exit_code(codes: list[int]) -> int:
+    """Of a run of which these processes failed first; negative ones were ended by a signal.
+
+    SIGTERM ends one that has not come so far as to take signals over, and is a stop as well.
+
+    >>> exit_code([75, -15]), exit_code([75, 1]), exit_code([-9, 75])
     (75, 1, 137)
     """
-    if EXIT_CODE in codes and all(code == EXIT_CODE or code < 0 for code in codes):
+    failed = [code for code in codes if code not in (EXIT_CODE, -signal.SIGTERM)]
+    if not failed:
         return EXIT_CODE
-    positive = [code for code in codes if code > 0 and code != EXIT_CODE]
-    return positive[0] if positive else 128 - codes[0]
+    return failed[0] if failed[0] > 0 else 128 - failed[0]
 
 
 def launch_several(num_processes: int, config_file: str, script: list[str]) -> int:
@@ -71,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("name the script to run, for example mini_qwen_pt.py")
     if args.num_processes == 1:
         os.execv(sys.executable, [sys.executable, *args.script])
-    call_when_orphaned(lambda: forward(signal.SIGTERM))
+    call_when_orphaned(end_all_as_orphans)
     sys.exit(launch_several(args.num_processes, args.config_file, args.script))
 
 

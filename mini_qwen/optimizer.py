@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, TrainingArguments
 
 
@@ -68,3 +69,21 @@ def make_optimizer(
         weight_decay=args.weight_decay,
         betas=(args.adam_beta1, args.adam_beta2),
     )
+
+
+def take_rates(optimizer: torch.optim.Optimizer, scheduler: Any, args: TrainingArguments) -> None:
+    """Give the recipe's learning rates to an optimizer and a scheduler that were loaded from a checkpoint.
+
+    They come with those of the run that wrote it, whatever the recipe says now. The schedule itself is the recipe's.
+    """
+    groups = optimizer.param_groups
+    rates = [args.learning_rate] * len(groups)
+    if args.muon_learning_rate is not None:
+        rates[0] = args.muon_learning_rate
+    if not isinstance(scheduler, LambdaLR) or scheduler.base_lrs == rates:
+        return
+    for group, rate, before in zip(groups, rates, scheduler.base_lrs, strict=True):
+        group["initial_lr"] = rate
+        group["lr"] *= rate / before
+    scheduler.base_lrs = rates
+    scheduler._last_lr = [group["lr"] for group in groups]

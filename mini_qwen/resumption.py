@@ -1,6 +1,7 @@
 """The output folder of a run: one writer at a time, one experiment, and the checkpoint to go on from."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from mini_qwen.checkpoint import (
     find_checkpoints,
     find_newest,
     read_manifest,
+    set_later_aside,
     verify,
 )
 from mini_qwen.fingerprint import check_same_run, make_fingerprint
@@ -28,10 +30,30 @@ def lock_of(folder: Path) -> FileLock:
     return FileLock(folder / LOCK, is_singleton=True)
 
 
+def on_first_process(args: TrainingArguments, work: Callable[[], Any]) -> Any:
+    """The result of `work`, done by the first process, in all of them.
+
+    When it refuses to go on (SystemExit), all end: left alone the others would wait for it. Only one says why.
+    """
+    result: list[Any] = [None, False]
+    refusal = None
+    if args.process_index == 0:
+        try:
+            result[0] = work()
+        except SystemExit as refused:
+            refusal, result[1] = refused, True
+    if args.world_size > 1:
+        torch.distributed.broadcast_object_list(result)
+    if result[1]:
+        raise refusal or SystemExit(1)
+    return result[0]
+
+
 def hold(args: TrainingArguments) -> None:
-    """Make sure that no other program writes into output_dir. Raises SystemExit when one does."""
-    if args.process_index != 0:
-        return
+    """Make sure that no other program writes into output_dir, and clear what a killed one was writing there.
+
+    Raises SystemExit when another one does. For the first process, before anything of this run is written.
+    """
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -40,6 +62,7 @@ def hold(args: TrainingArguments) -> None:
         raise SystemExit(
             f"Another program is training into {folder}. Wait for it or stop it, or name another --output_dir."
         ) from None
+    clear_unfinished(folder)
 
 
 def release(args: TrainingArguments) -> None:
@@ -63,25 +86,43 @@ def find_resume(args: TrainingArguments) -> str | None:
     if not wanted:
         refuse_earlier_run(folder)
         return None
-    if wanted is not True and wanted != "auto":
-        try:
-            check_resumable(Path(wanted), verify(Path(wanted)))
-        except ValueError as reason:
-            raise SystemExit(f"There is no checkpoint to resume from: {wanted}: {reason}.") from None
-        return str(wanted)
-    found: list[str | None] = [None]
-    if folder.is_dir() and args.process_index == 0:
-        hold(args)
-        clear_unfinished(folder)
-        newest = find_newest(folder)
-        found = [newest and str(newest)]
-    if args.world_size > 1:
-        torch.distributed.broadcast_object_list(found)
-    if found[0] is None and wanted is True and not (folder / FINGERPRINT).is_file():
-        raise SystemExit(f"There is no checkpoint to resume from: {folder}.")
+    find = find_newest_of if wanted is True or wanted == "auto" else use_named
+    found = on_first_process(args, lambda: find(args, folder))
     if args.process_index == 0:
-        print(f"going on from {found[0]}" if found[0] else f"{folder} has no whole checkpoint: from the beginning")
-    return found[0]
+        print(f"going on from {found}" if found else f"{folder} has no checkpoint: from the beginning")
+    return found
+
+
+def use_named(args: TrainingArguments, folder: Path) -> str:
+    named = Path(args.resume_from_checkpoint)
+    try:
+        check_resumable(verify(named))
+    except ValueError as reason:
+        raise SystemExit(f"There is no checkpoint to resume from: {named}: {reason}.") from None
+    if named.resolve().parent != folder.resolve():
+        refuse_earlier_run(folder)
+    else:
+        hold(args)
+        set_later_aside(named)
+    return str(named)
+
+
+def find_newest_of(args: TrainingArguments, folder: Path) -> str | None:
+    newest = None
+    if folder.is_dir():
+        hold(args)
+        try:
+            newest = find_newest(folder)
+        except ValueError as reason:
+            raise SystemExit(
+                f"There is no checkpoint to resume from: {folder}: {reason}. To begin the run anew, remove the folder."
+            ) from None
+    begun = (folder / FINGERPRINT).is_file() and not (folder / MANIFEST).is_file()
+    never_begun = not (folder / FINGERPRINT).is_file() and args.resume_from_checkpoint == "auto"
+    if newest is None and not begun and not never_begun:
+        finished = ", and the run is finished" * (folder / MANIFEST).is_file()
+        raise SystemExit(f"There is no checkpoint to resume from: {folder}{finished}.")
+    return newest and str(newest)
 
 
 def refuse_earlier_run(folder: Path) -> None:
@@ -97,8 +138,6 @@ def refuse_earlier_run(folder: Path) -> None:
 def check_identity(trainer: Trainer) -> None:
     """Make sure that a resumed run is the one that wrote the checkpoint, and write down whose the folder is now."""
     args = trainer.args
-    if args.process_index != 0:
-        return
     trainer.fingerprint = make_fingerprint(trainer)
     if args.resume_from_checkpoint:
         saved = read_manifest(Path(args.resume_from_checkpoint))["fingerprint"]

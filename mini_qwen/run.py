@@ -19,7 +19,7 @@ from mini_qwen.interruption import interruption
 from mini_qwen.launch import NUM_PROCESSES
 from mini_qwen.ledger import Ledger
 from mini_qwen.mixture import MixtureKeys, read_phases
-from mini_qwen.resumption import check_identity, find_resume, hold, release
+from mini_qwen.resumption import check_identity, find_resume, hold, on_first_process, release
 from mini_qwen.trainer import Guarded
 from mini_qwen.watch import Heartbeat, call_when_orphaned, end_as_orphan
 
@@ -76,9 +76,11 @@ def check_launch(args: TrainingArguments) -> None:
 
 def show_data(args: TrainingArguments, ledger: Ledger) -> None:
     """Print and write down what became of every row and token. Leaves the program on `prepare_only`."""
-    folder = Path(args.output_dir)
+    if not args.prepare_only:
+        on_first_process(args, lambda: hold(args))
     if args.process_index == 0:
         print(ledger.summary())
+        folder = Path(args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         ledger.save(folder / "data_ledger.json")
     if args.prepare_only:
@@ -87,21 +89,20 @@ def show_data(args: TrainingArguments, ledger: Ledger) -> None:
 
 
 def show_start(trainer: Guarded) -> None:
-    """The last checks before the first step: one writer, the same run as the checkpoint's, room on the disk.
+    """The last checks before the first step: the same run as the checkpoint's, and room on the disk.
 
     Prints the size of what is trained, and which attention keeps its documents apart.
     """
-    args, rows = trainer.args, len(trainer.train_dataset)
-    hold(args)
-    check_identity(trainer)
-    steps_per_epoch = max(1, rows // (args.train_batch_size * args.world_size * args.gradient_accumulation_steps))
-    num_steps = args.max_steps if args.max_steps > 0 else int(steps_per_epoch * args.num_train_epochs)
-    if trainer.is_world_process_zero():
-        check_space(trainer, num_steps)
-        model = trainer.model
+    args, model = trainer.args, trainer.model
+
+    def check() -> None:
+        check_identity(trainer)
+        check_space(trainer)
+        rows = len(trainer.train_dataset)
         print(f"{model.num_parameters():,} parameters, attention {model.config._attn_implementation}, {rows:,} rows")
+
+    on_first_process(args, check)
     if args.world_size > 1:
-        trainer.accelerator.wait_for_everyone()
         trainer.heartbeat = Heartbeat(Path(args.output_dir), args.process_index, args.world_size)
         trainer.heartbeat.start()
 

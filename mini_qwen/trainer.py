@@ -5,11 +5,13 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import TrainOutput
@@ -18,13 +20,14 @@ from trl import SFTTrainer
 from mini_qwen.checkpoint import UNFINISHED, publish, rotate, write_manifest
 from mini_qwen.disk import checkpoint_bytes, explain_full_disk
 from mini_qwen.finiteness import check_step, check_weights, name_rows
-from mini_qwen.interruption import EXIT_CODE, StopAtStepBorder, interruption
+from mini_qwen.interruption import EXIT_CODE, StopAtStepBorder, ignore_signals, interruption
+from mini_qwen.optimizer import take_rates
 from mini_qwen.unpickling import load_deepspeed_safely
 from mini_qwen.watch import Heartbeat
 
 
 class Guarded:
-    """Stands before a Trainer among the bases of a class; overrides five of the Trainer's private methods."""
+    """Stands before a Trainer among the bases of a class; overrides seven of the Trainer's private methods."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.losses: list[torch.Tensor] = []  # of the micro-batches of the step under way
@@ -32,6 +35,8 @@ class Guarded:
         self.fingerprint: dict[str, Any] = {}  # goes into every manifest
         self.heartbeat: Heartbeat | None = None
         super().__init__(*args, **kwargs)
+        # The Trainer's own deletion knows neither what is whole nor, at the end of a run, what was just saved.
+        self.checkpoint_limit, self.args.save_total_limit = self.args.save_total_limit, None
         self.border = StopAtStepBorder()
         self.add_callback(self.border)
         if self.args.deepspeed_plugin is not None:
@@ -53,7 +58,7 @@ class Guarded:
             raise SystemExit(f"{error}\nIt was reading {name_rows(self, 0, ahead)}.") from error
         finally:
             interruption.training = False
-        if self.border.stopped or interruption.requested:
+        if self.border.stopped:
             if self.is_world_process_zero():
                 print(f"stopped at step {self.state.global_step:,}; --resume_from_checkpoint true goes on from there")
             self.leave(EXIT_CODE)
@@ -80,6 +85,16 @@ class Guarded:
         else:
             self.control.should_training_stop = True
 
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        loader = super()._get_dataloader(*args, **kwargs)
+        loader.base_dataloader.worker_init_fn = partial(ignore_signals, loader.base_dataloader.worker_init_fn)
+        return loader
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            take_rates(self.optimizer, self.lr_scheduler, self.args)
+
     # Saving
 
     def _get_output_dir(self, *args: Any, **kwargs: Any) -> str:
@@ -91,16 +106,17 @@ class Guarded:
         name = f"checkpoint-{self.state.global_step}"
         with self.written_aside() as aside:
             super()._save_checkpoint(*args, **kwargs)
+            best = self.state.best_model_checkpoint
+            if best is not None and Path(best).parent == aside:
+                self.state.best_model_checkpoint = str(output_dir / Path(best).name)
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
                 for script in (aside / name).glob("*.py"):
                     script.unlink()  # DeepSpeed's zero_to_fp32.py, which would unpickle what the folder holds
-                if self.state.best_global_step:
-                    self.state.best_model_checkpoint = str(output_dir / f"checkpoint-{self.state.best_global_step}")
-                    self.state.save_to_json(aside / name / TRAINER_STATE_NAME)
+                self.state.save_to_json(str(aside / name / TRAINER_STATE_NAME))
                 write_manifest(aside / name, self.fingerprint)
                 publish(aside / name, output_dir / name)
-                rotate(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
+                rotate(output_dir, self.checkpoint_limit, output_dir / name, self.state.best_model_checkpoint)
             self.accelerator.wait_for_everyone()
 
     @contextlib.contextmanager
@@ -108,21 +124,17 @@ class Guarded:
         """The folder for what is not whole yet. Raises SystemExit, with figures, when the disk is full."""
         output_dir = Path(self.args.output_dir)
         self.aside = output_dir / UNFINISHED
-        if self.heartbeat is not None:
-            self.heartbeat.saving = True
         try:
             self.aside.mkdir(parents=True, exist_ok=True)
             yield self.aside
         except (OSError, RuntimeError, SafetensorError) as error:
-            full = explain_full_disk(error, output_dir, checkpoint_bytes(self))
+            full = explain_full_disk(error, output_dir, self.aside, checkpoint_bytes(self))
             shutil.rmtree(self.aside, ignore_errors=True)
             raise full or error from error
         finally:
             with contextlib.suppress(OSError):  # not empty, or another process has just done so
                 self.aside.rmdir()
             self.aside = None
-            if self.heartbeat is not None:
-                self.heartbeat.saving = False
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         check_weights(self)
@@ -144,7 +156,8 @@ class Guarded:
         One process of several ends without Python's teardown, in which threads of the libraries now and then abort it.
         """
         several = self.args.world_size > 1
-        if self.heartbeat is not None:
+        if self.heartbeat is not None:  # others see this one alive for as long as any is at work
+            self.accelerator.wait_for_everyone()
             self.heartbeat.end()
             self.accelerator.wait_for_everyone()
             self.heartbeat.clear()

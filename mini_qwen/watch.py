@@ -1,5 +1,6 @@
 """Threads that see what a training loop cannot: a launcher that is gone, a process of the run that stands still."""
 
+import contextlib
 import os
 import shutil
 import threading
@@ -7,13 +8,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from mini_qwen.interruption import EXIT_CODE, interruption
+from mini_qwen.interruption import EXIT_CODE, interruption, say
 
 RANKS = ".ranks"
 ORPHAN_SECONDS = 8.0  # from the end of the launcher to the end of its processes, with a checkpoint or without
 BEAT_SECONDS = 2.0
 STOPPED_SECONDS = 60.0
-SAVING_SECONDS = 1800.0  # a large file on a slow disk may hold Python's lock
 LAUNCHER = "MINI_QWEN_LAUNCHER"  # in the environment: the number of the process, run.sh or mini_qwen.launch
 LAUNCHERS = (LAUNCHER, "TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")
 
@@ -45,17 +45,18 @@ def end_as_orphan() -> None:
 class Heartbeat(threading.Thread):
     """Each process of several writes its step into output_dir/.ranks/RANK every few seconds, and reads the others'.
 
-    Who finds one that has not done so for STOPPED_SECONDS says which and at which step, and ends; the launcher then
-    ends the others. Without it all would wait for the one that is stopped, half an hour and without a word.
+    Who looks for STOPPED_SECONDS and finds one that has not done so says which and at which step, and ends; the
+    launcher then ends the others. Without it all would wait for the one that is stopped, half an hour and without a
+    word. Looks are counted, not seconds: when all are frozen together, none is to blame.
     """
 
     def __init__(self, output_dir: Path, rank: int, num_ranks: int) -> None:
         super().__init__(daemon=True, name="heartbeat")
         self.folder, self.rank = output_dir / RANKS, rank
-        self.step, self.saving = 0, False  # set by the trainer
+        self.step = 0  # set by the trainer
         self.ended = threading.Event()
         self.first = {other: self.read(other) for other in range(num_ranks) if other != rank}  # of an earlier run
-        self.seen = {other: (content, time.monotonic()) for other, content in self.first.items()}
+        self.seen = {other: (content, 0) for other, content in self.first.items()}  # and looks without a change
 
     def run(self) -> None:
         beats = 0
@@ -74,10 +75,11 @@ class Heartbeat(threading.Thread):
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def write(self, beats: int) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        fresh = self.folder / f"{self.rank}.new"
-        fresh.write_text(f"{self.step} {'saving' if self.saving else 'running'} {os.getpid()} {beats}")
-        fresh.replace(self.folder / str(self.rank))
+        with contextlib.suppress(OSError):  # a full disk is the next save's to report
+            self.folder.mkdir(parents=True, exist_ok=True)
+            fresh = self.folder / f"{self.rank}.new"
+            fresh.write_text(f"{self.step} {os.getpid()} {beats}")
+            fresh.replace(self.folder / str(self.rank))
 
     def read(self, other: int) -> str:
         try:
@@ -86,19 +88,13 @@ class Heartbeat(threading.Thread):
             return ""
 
     def look_at(self, other: int) -> None:
-        content, now = self.read(other), time.monotonic()
-        before, since = self.seen[other]
-        if content != before:
-            self.seen[other] = (content, now)
-        elif content and content != self.first[other] and now - since > self.patience(content):
-            step, _, process, _ = content.split()
-            os.write(
-                2,
-                f"\nrank {other} (process {process}) stands still since {now - since:.0f} s, at step {step}: it was "
-                "stopped, or its machine is gone. This run ends; its newest checkpoint is whole.\n".encode(),
+        content, (before, looks) = self.read(other), self.seen[other]
+        self.seen[other] = (content, looks + 1 if content == before else 0)
+        silent = self.seen[other][1] * BEAT_SECONDS
+        if content not in ("", self.first[other]) and silent > STOPPED_SECONDS:
+            step, process, _ = content.split()
+            say(
+                f"rank {other} (process {process}) stands still since {silent:.0f} s, at step {step}: it was stopped, "
+                "or its machine is gone. This run ends; its newest checkpoint is whole."
             )
             os._exit(1)
-
-    @staticmethod
-    def patience(content: str) -> float:
-        return SAVING_SECONDS if " saving " in content else STOPPED_SECONDS

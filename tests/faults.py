@@ -2,7 +2,8 @@
 
     python tests/faults.py '{"nan_loss": {"step": 3}}' mini_qwen_pt.py --config recipes/demo/pt.yaml
 
-Nothing of the program under test is replaced; the functions of the libraries below it are made to fail.
+The functions of the libraries below the program are made to fail, and what it reads and computes is spoilt; none of
+its own checks, saves or handlers is replaced.
 """
 
 import builtins
@@ -108,10 +109,10 @@ def nan_weight(step: int, rank: int = 0) -> None:
     add_to_every_trainer(AtStep(step, poison, rank))
 
 
-def send_signal(step: int, name: str, rank: int = 0) -> None:
-    """The process gets a signal while it works on a step."""
-    number = signal.Signals[name]
-    add_to_every_trainer(AtStep(step, lambda _: os.kill(os.getpid(), number), rank, begins=True))
+def send_signal(step: int, name: str, rank: int = 0, to_group: bool = False) -> None:
+    """The process gets a signal while it works on a step, or it and all its children do."""
+    number, send = signal.Signals[name], os.killpg if to_group else os.kill
+    add_to_every_trainer(AtStep(step, lambda _: send(os.getpid(), number), rank, begins=True))
 
 
 def signal_launcher(step: int, name: str) -> None:
@@ -142,15 +143,18 @@ def at_each_write(folder: str, action: Callable[[int, str], None]) -> None:
         action(count["writes"], kind)
         count["busy"] = False
 
-    def is_inside(path: object) -> bool:
-        return isinstance(path, str | os.PathLike) and os.path.realpath(path).startswith(inside + os.sep)
+    def is_inside(path: object, descriptor: object = -1) -> bool:
+        if not isinstance(path, str | os.PathLike):
+            return False
+        base = os.readlink(f"/proc/self/fd/{descriptor}") if isinstance(descriptor, int) and descriptor > 0 else ""
+        return os.path.realpath(os.path.join(base, path)).startswith(inside + os.sep)
 
     def hear(event: str, args: tuple[Any, ...]) -> None:
-        if count["busy"] or not args or not is_inside(args[0]):
+        if count["busy"] or event not in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"):
             return
-        if event == "open" and isinstance(args[2], int) and args[2] & WRITING:
-            point(f"open {Path(args[0]).name}")
-        elif event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir"):
+        reads = event == "open" and not (isinstance(args[2], int) and args[2] & WRITING)
+        descriptor = args[1] if event in ("os.remove", "os.rmdir") else -1  # rmtree names files by their folder's
+        if not reads and is_inside(args[0], descriptor):
             point(f"{event} {Path(args[0]).name}")
 
     def twice(write: Callable[..., Any], place: int) -> Callable[..., Any]:

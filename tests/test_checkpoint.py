@@ -1,10 +1,12 @@
 """mini_qwen/checkpoint.py: a folder is complete or not there, and any damage to it is found."""
 
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -140,8 +142,26 @@ def test_a_broken_checkpoint_of_the_same_name_is_set_aside_beside_the_first(copi
 def test_no_whole_checkpoint_at_all(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for folder in copied.glob("checkpoint-*"):
         empty(folder / "optimizer.pt")
-    assert find_newest(copied) is None
+    for _ in range(2):  # asked again, the run is not begun anew either
+        with pytest.raises(ValueError, match="none of its 3 checkpoints can be used"):
+            find_newest(copied)
     assert len(capsys.readouterr().out.splitlines()) == 3
+    assert find_newest(copied / "checkpoint-2") is None
+
+
+def test_a_file_that_cannot_be_read_is_damage_too(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a disk that fails."""
+    read = hashlib.file_digest
+
+    def fail(stream: Any, algorithm: str) -> Any:
+        if "checkpoint-6/optimizer.pt" in stream.name:
+            raise OSError(5, "Input/output error", stream.name)
+        return read(stream, algorithm)
+
+    monkeypatch.setattr(hashlib, "file_digest", fail)
+    with pytest.raises(ValueError, match=r"optimizer.pt cannot be read \(Input/output error\)"):
+        verify(copied / "checkpoint-6")
+    assert find_newest(copied) == copied / "checkpoint-4"
 
 
 def test_publishing_replaces_an_older_folder_of_that_name(tmp_path: Path) -> None:
@@ -167,13 +187,14 @@ def test_files_of_a_finished_model_are_moved_manifest_last(tmp_path: Path, monke
 def test_rotation_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     for step in (2, 4, 10, 12):
         make_folder(tmp_path / f"checkpoint-{step}", {"a": b""})
-    rotate(tmp_path, limit=2, best=str(tmp_path / "checkpoint-4"))
+    newest = tmp_path / "checkpoint-12"
+    rotate(tmp_path, limit=2, newest=newest, best=str(tmp_path / "checkpoint-4"))
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-12"}
-    rotate(tmp_path, limit=1, best=str(tmp_path / "checkpoint-4"))
+    rotate(tmp_path, limit=1, newest=newest, best=str(tmp_path / "checkpoint-4"))
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-12"}
-    rotate(tmp_path, limit=1, best=None)
+    rotate(tmp_path, limit=1, newest=newest, best=None)
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-12"}
-    rotate(tmp_path, limit=None, best=None)
+    rotate(tmp_path, limit=None, newest=newest, best=None)
     assert (tmp_path / "checkpoint-12").exists()
 
 
@@ -223,12 +244,13 @@ def test_a_kill_behind_any_write_of_a_save_loses_nothing(
     for file in ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
         assert f"half {file}" in kills and f"whole {file}" in kills
     assert "os.rename checkpoint-6" in kills and "os.rename checkpoint-4" in kills and "open manifest.json" in kills
+    assert "os.remove optimizer.pt" in kills  # in the midst of the deletion of the older one
 
 
 def test_a_checkpoint_without_the_optimizer_is_not_resumed_from(
     road: Path, tmp_path: Path, programs: Programs
 ) -> None:
-    """Today it would go on with a fresh optimizer and another learning rate, and say nothing."""
+    """The Trainer alone would go on with a fresh optimizer and another learning rate, and say nothing."""
     shared = {"output_dir": tmp_path / "pt", "save_strategy": "steps", "save_steps": 3}
     assert programs.run("pt", arguments("pt", road, save_only_model="true", **shared)).code == 0
     done = programs.run("pt", arguments("pt", road, resume_from_checkpoint=tmp_path / "pt/checkpoint-3", **shared))

@@ -1,5 +1,6 @@
 """mini_qwen/disk.py: room is reckoned before the first step, and a disk that fills up takes no checkpoint with it."""
 
+import errno
 import re
 import shutil
 from pathlib import Path
@@ -62,7 +63,8 @@ def note(function: Any, results: list[Any]) -> Any:
     ],
 )
 def test_how_many_checkpoints_there_will_be(settings: dict[str, Any], num_steps: int, expected: int) -> None:
-    trainer: Any = SimpleNamespace(args=PTConfig(output_dir="x", **settings))
+    args = PTConfig(output_dir="x", **settings)
+    trainer: Any = SimpleNamespace(args=args, checkpoint_limit=args.save_total_limit)
     assert most_checkpoints(trainer, num_steps) == expected
 
 
@@ -121,6 +123,15 @@ def test_a_disk_that_fills_up_leaves_whole_checkpoints(
 
 
 def test_another_error_is_not_blamed_on_the_disk(tmp_path: Path) -> None:
-    assert explain_full_disk(PermissionError(13, "Permission denied"), tmp_path, need=1) is None
-    full = explain_full_disk(RuntimeError("enforce fail at inline_container.cc:672"), tmp_path, need=10**18)
+    assert explain_full_disk(PermissionError(13, "Permission denied"), tmp_path, tmp_path, need=1) is None
+    full = explain_full_disk(RuntimeError("enforce fail at inline_container.cc:672"), tmp_path, tmp_path, need=10**18)
     assert "1,000,000,000.00 GB" in str(full)
+    quota = OSError(errno.EDQUOT, "Disk quota exceeded")
+    assert "is full" in str(explain_full_disk(quota, tmp_path, tmp_path, need=1))
+
+
+def test_what_the_save_has_written_so_far_counts_as_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else every error in the second half of a save would be the disk's fault."""
+    (tmp_path / "half").write_bytes(bytes(600_000))
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda folder: SimpleNamespace(free=500_000))
+    assert explain_full_disk(RuntimeError("CUDA out of memory"), tmp_path, tmp_path, need=10**6) is None

@@ -46,6 +46,47 @@ def test_a_signal_ends_the_run_behind_a_checkpoint_and_resuming_is_exact(
     assert rest == others
 
 
+@pytest.mark.parametrize("settings", [{"save_strategy": "epoch"}, {"save_strategy": "best"}], ids=str)
+def test_a_stop_within_an_epoch_saves_once_and_evaluates_not(
+    road: Path, tmp_path: Path, programs: Programs, settings: dict[str, str]
+) -> None:
+    settings = settings | {"eval_strategy": "steps", "eval_steps": "3", "metric_for_best_model": "loss"}
+    argv = arguments("pt", road, output_dir=tmp_path / "pt", **settings)
+    done = programs.run("pt", argv, send_signal={"step": 3, "name": "SIGTERM"})
+    assert done.code == 75, done.output
+    assert done.output.count("Writing model shards: 100%") == 1 and "eval_loss" not in done.output
+    verify(tmp_path / "pt" / "checkpoint-3")
+    assert programs.run("pt", [*argv, "--resume_from_checkpoint", "true"]).code == 0
+    assert same_weights(tmp_path / "pt", road / "pt")
+
+
+def test_resuming_into_an_epochs_end_logs_what_a_straight_run_does(
+    road: Path, tmp_path: Path, programs: Programs
+) -> None:
+    """Saves at the ends of epochs, between two log entries; killed behind the first."""
+    shared = {"save_strategy": "epoch", "logging_steps": 30, "max_steps": 170, "per_device_train_batch_size": 8}
+    straight = arguments("pt", road, output_dir=tmp_path / "straight", **shared)
+    broken = arguments("pt", road, output_dir=tmp_path / "broken", **shared)
+    assert programs.run("pt", straight).code == 0
+    assert programs.run("pt", broken, kill_at_step={"step": 100}).code == -9
+    assert [path.name for path in (tmp_path / "broken").glob("checkpoint-*")] == ["checkpoint-78"]
+    assert programs.run("pt", [*broken, "--resume_from_checkpoint", "true"]).code == 0
+    assert same_weights(tmp_path / "broken", tmp_path / "straight")
+    assert losses(tmp_path / "broken") == losses(tmp_path / "straight")
+
+
+def test_data_workers_live_through_a_signal_to_the_whole_group(road: Path, tmp_path: Path, programs: Programs) -> None:
+    """As schedulers send it. torch's workers would end at once, and the training with them, without a checkpoint."""
+    argv = arguments("pt", road, output_dir=tmp_path / "pt", dataloader_num_workers=2)
+    done = programs.run("pt", argv, send_signal={"step": 3, "name": "SIGTERM", "to_group": True})
+    assert done.code == 75, done.output
+    assert done.output.count("SIGTERM: stopping") == 1
+    again = [*argv, "--resume_from_checkpoint", "true"]
+    assert programs.run("pt", again, send_signal={"step": 5, "name": "SIGINT", "to_group": True}).code == 75
+    assert programs.run("pt", again).code == 0
+    assert same_weights(tmp_path / "pt", road / "pt")
+
+
 def test_without_a_save_strategy_a_checkpoint_is_left_too(road: Path, tmp_path: Path, programs: Programs) -> None:
     argv = arguments("pt", road, output_dir=tmp_path / "pt", save_strategy="no")
     assert programs.run("pt", argv, send_signal={"step": 2, "name": "SIGTERM"}).code == 75

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from filelock import FileLock
 from programs import ROOT, STAGES, Programs, arguments, gradient_norms, losses, same_weights
 
@@ -67,10 +68,12 @@ def test_killed_and_resumed_is_as_uninterrupted(
     assert ours["eval_loss"] == theirs["eval_loss"]
 
 
-def test_dropout_is_not_nothing(road: Path, tmp_path: Path, programs: Programs) -> None:
+@pytest.mark.parametrize("stage", STAGES)
+def test_dropout_is_not_nothing(road: Path, tmp_path: Path, programs: Programs, stage: str) -> None:
     """Else the test above would say nothing about the states of the generators."""
-    assert programs.run("pt", arguments("pt", road, output_dir=tmp_path / "pt", attention_dropout=0.2)).code == 0
-    assert losses(tmp_path / "pt") != losses(road / "pt")
+    argv = arguments(stage, road, output_dir=tmp_path / stage, attention_dropout=0.2)
+    assert programs.run(stage, argv).code == 0
+    assert losses(tmp_path / stage) != losses(road / stage)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -123,6 +126,27 @@ def test_a_change_that_is_meant_is_allowed_by_name(road: Path, copied: Path, pro
     assert done.code == 0, done.output
     fingerprint = verify(copied)["fingerprint"]
     assert fingerprint[name] == {"attention": "eager"}.get(name, CHANGES[name].get(name))
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "muon_learning_rate"])
+def test_an_allowed_rate_is_the_rate_from_there_on(road: Path, copied: Path, programs: Programs, name: str) -> None:
+    """The checkpoint's optimizer and scheduler bring their own; here 10 times the rate, on the same schedule."""
+    before = {"learning_rate": 4e-3, "muon_learning_rate": 8e-3}[name]
+    done = programs.run("pt", resuming(road, copied, allow_changes=name, **{name: 10 * before}))
+    assert done.code == 0, done.output
+    history = json.loads((copied / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    straight = json.loads((road / "pt" / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    ours, theirs = ([entry["learning_rate"] for entry in each if "loss" in entry] for each in (history, straight))
+    shown = 10 if name == "muon_learning_rate" else 1  # the log shows the first group's, which is Muon's
+    assert ours == pytest.approx([*theirs[:2], *(shown * rate for rate in theirs[2:])])
+    groups = torch.load(copied / "checkpoint-6" / "optimizer.pt", weights_only=True)["param_groups"]
+    assert groups[0 if name == "muon_learning_rate" else 1]["initial_lr"] == pytest.approx(10 * before)
+
+
+def test_what_the_optimizer_brings_cannot_be_changed(road: Path, copied: Path, programs: Programs) -> None:
+    done = programs.run("pt", resuming(road, copied, allow_changes="weight_decay", weight_decay=0.5))
+    assert done.code == 1 and "weight_decay cannot change when a run goes on" in done.output
+    assert "Go back to weight_decay 0.01" in done.output
 
 
 def test_what_does_not_change_the_run_may_change(road: Path, copied: Path, programs: Programs) -> None:
@@ -193,7 +217,7 @@ def test_where_to_begin(road: Path, tmp_path: Path, programs: Programs) -> None:
     done = programs.run("pt", [*argv, "--resume_from_checkpoint", "auto"], kill_at_step={"step": 2})
     assert done.code == -9
     done = programs.run("pt", [*argv, "--resume_from_checkpoint", "true"])
-    assert done.code == 0 and "has no whole checkpoint: from the beginning" in done.output
+    assert done.code == 0 and "has no checkpoint: from the beginning" in done.output
     assert same_weights(tmp_path / "pt", road / "pt")
     done = programs.run("pt", [*argv, "--resume_from_checkpoint", "nowhere"])
     assert done.code == 1 and "no checkpoint to resume from: nowhere: manifest.json is missing" in done.output
@@ -207,6 +231,69 @@ def test_a_named_checkpoint_is_used_or_refused_never_replaced(road: Path, copied
     done = programs.run("pt", argv)
     assert done.code == 1 and "checkpoint-2: optimizer.pt has 0 bytes, not" in done.output
     assert (copied / "checkpoint-2").is_dir()
+
+
+def test_going_back_to_an_earlier_checkpoint(road: Path, tmp_path: Path, programs: Programs) -> None:
+    """What was saved behind it is set aside, not taken for the newest nor kept in place of the new ones."""
+    shared = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
+    argv = arguments("pt", road, output_dir=tmp_path / "pt", **shared)
+    assert programs.run("pt", argv, kill_at_step={"step": 6}).code == -9
+    assert {path.name for path in (tmp_path / "pt").glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
+    back = [*argv, "--resume_from_checkpoint", str(tmp_path / "pt" / "checkpoint-2")]
+    done = programs.run("pt", back, kill_at_step={"step": 4})
+    assert done.code == -9 and "checkpoint-4 is of a later step" in done.output
+    assert [path.name for path in (tmp_path / "pt").glob("checkpoint-*")] == ["checkpoint-2"]
+    assert (tmp_path / "pt" / "later-checkpoint-4").is_dir()
+    assert programs.run("pt", [*argv, "--resume_from_checkpoint", "true"]).code == 0
+    assert same_weights(tmp_path / "pt", road / "pt")
+
+
+def test_a_checkpoint_of_elsewhere_does_not_open_a_folder_in_use(
+    road: Path, copied: Path, tmp_path: Path, programs: Programs
+) -> None:
+    argv = arguments("pt", road, output_dir=road / "pt", resume_from_checkpoint=copied / "checkpoint-2")
+    done = programs.run("pt", argv)
+    assert done.code == 1 and "holds the finished model of an earlier run" in done.output
+    argv = arguments("pt", road, output_dir=tmp_path / "new", resume_from_checkpoint=copied / "checkpoint-2")
+    assert programs.run("pt", argv).code == 0
+    assert same_weights(tmp_path / "new", road / "pt")
+
+
+@pytest.mark.parametrize("wanted", ["true", "auto"])
+def test_a_finished_run_without_checkpoints_is_not_begun_anew(
+    road: Path, tmp_path: Path, programs: Programs, wanted: str
+) -> None:
+    """As a job would that is started again and again."""
+    folder = Path(shutil.copytree(road / "pt", tmp_path / "pt"))
+    done = programs.run("pt", arguments("pt", road, output_dir=folder, resume_from_checkpoint=wanted))
+    assert done.code == 1 and "no checkpoint to resume from" in done.output and "the run is finished" in done.output
+    verify(folder)
+
+
+def test_the_best_checkpoint_stays_and_is_loaded_at_the_end(road: Path, tmp_path: Path, programs: Programs) -> None:
+    """With a rate so high that the first evaluation is the best: checkpoint-2 outlives save_total_limit: 1."""
+    best = {
+        "load_best_model_at_end": "true",
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "metric_for_best_model": "loss",
+    }
+    rates = {
+        "learning_rate": 5,
+        "muon_learning_rate": 5,
+        "warmup_steps": 3,
+        "lr_scheduler_type": "constant_with_warmup",
+    }
+    shared = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1} | best | rates
+    argv = arguments("pt", road, output_dir=tmp_path / "pt", **shared)
+    done = programs.run("pt", argv, send_signal={"step": 6, "name": "SIGTERM"})
+    assert done.code == 75, done.output
+    assert {path.name for path in (tmp_path / "pt").glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-6"}
+    state = json.loads((tmp_path / "pt" / "checkpoint-6" / "trainer_state.json").read_text(encoding="utf-8"))
+    assert state["best_model_checkpoint"] == str(tmp_path / "pt" / "checkpoint-2")
+    done = programs.run("pt", [*argv, "--resume_from_checkpoint", "true"])
+    assert done.code == 0, done.output
+    assert same_weights(tmp_path / "pt", tmp_path / "pt" / "checkpoint-2")
 
 
 def test_resuming_a_run_at_its_end_trains_no_step_more(road: Path, tmp_path: Path, programs: Programs) -> None:

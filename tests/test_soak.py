@@ -25,6 +25,7 @@ from test_launch import LINUX, Two, environment, processes_of, run, trained, two
 
 from mini_qwen.checkpoint import step_of, verify
 from mini_qwen.circumstances import circumstances
+from mini_qwen.disk import folder_bytes
 
 assert two and trained  # fixtures
 
@@ -168,6 +169,22 @@ def test_random_kills_under_zero_2(two: Two, tmp_path: Path) -> None:
     record("random kills, ZeRO-2 on two processes", **counts)
 
 
+@LINUX
+def test_kills_within_a_save_under_zero_2(two: Two, trained: Path, tmp_path: Path) -> None:
+    """One of the processes kills itself at a thing that a save does to files; the other is ended by the launcher."""
+    generator, kills = random.Random(2), []
+    while len(kills) < NUM_KILLS_ZERO_2:
+        folder = tmp_path / f"run-{len(kills)}"
+        fault = {"kill_at_write": {"folder": str(folder), "number": generator.randrange(8, 75)}}
+        done = run(two.command("pt", folder, faults=fault))
+        kills += re.findall(r"killed at write \d+: (.*)", done.output)[:1]
+        assert not wait_for_end_of_all(folder)
+        done = run(two.command("pt", folder, resume_from_checkpoint="auto"))
+        assert done.code == 0, done.output[-4000:]
+        assert same_weights(folder, trained / "two" / "pt") and losses(folder) == losses(trained / "two" / "pt")
+    record("kills within a save, ZeRO-2 on two processes", equal_bit_for_bit=len(kills), killed=len(kills), at=kills)
+
+
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounting a small disk needs root")
 def test_a_real_small_disk(road: Path, tmp_path: Path, programs: Programs) -> None:
     """tmpfs of four sizes: too small for one checkpoint, for two, and filled by something else in the middle."""
@@ -189,18 +206,24 @@ def test_a_real_small_disk(road: Path, tmp_path: Path, programs: Programs) -> No
             figures[f"{megabytes} MB"] = "refused before the first step" if refused.code else "enough"
         finally:
             subprocess.run(["umount", str(disk)], check=True)
-    for free in (5, 15, 25, 34):  # MB that are left when the second checkpoint, of 35, is written
+    whole = folder_bytes(straight / "checkpoint-4")
+    for share in (0.1, 0.4, 0.7, 0.95):  # of the second checkpoint that there is room for
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300m", "none", str(disk)], check=True)
         try:
             argv = arguments("pt", road, output_dir=disk / "pt", **options)
-            assert programs.run("pt", argv, fill_disk={"folder": str(disk), "step": 4, "free": free * 10**6}).code == 1
+            assert (
+                programs.run("pt", argv, fill_disk={"folder": str(disk), "step": 4, "free": int(share * whole)}).code
+                == 1
+            )
             (left,) = (disk / "pt").glob("checkpoint-*")
             verify(left)
             assert left.name == "checkpoint-2" and not (disk / "pt" / ".unfinished").exists()
             (disk / "filling").unlink()
             assert programs.run("pt", [*argv, "--resume_from_checkpoint", "true"]).code == 0
             assert same_weights(disk / "pt", straight)
-            figures[f"{free} MB left"] = "stopped with the figures, checkpoint-2 whole, resumed to the same weights"
+            figures[f"room for {share:.0%} of a checkpoint"] = (
+                "stopped with the figures, checkpoint-2 whole, resumed to the same weights"
+            )
         finally:
             subprocess.run(["umount", str(disk)], check=True)
     record("small disks", **figures)

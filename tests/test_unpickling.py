@@ -12,7 +12,6 @@ import pytest
 import torch
 from programs import ROOT, Programs, arguments, same_weights
 
-import mini_qwen_eval
 from mini_qwen.checkpoint import MANIFEST, read_manifest, write_manifest
 from mini_qwen.model import NewModel, make_config
 from mini_qwen.tokenizer import load_tokenizer
@@ -91,24 +90,37 @@ def test_resuming_runs_no_code(
 def test_going_on_from_a_forged_model_runs_no_code(
     road: Path, tmp_path: Path, programs: Programs, witness: Path, form: Callable[[Path, Planted], None]
 ) -> None:
-    """SFT, DPO, eval and chat load a folder: each of its files in turn is a pickle here, then one beside them."""
-    names = [path.name for path in (road / "sft").iterdir() if path.is_file() and path.name != MANIFEST]
-    for name in [*names, *EXTRA]:
-        forged = Path(shutil.copytree(road / "sft", tmp_path / f"forged {name}"))
+    """SFT, eval and chat load a folder: each of its files in turn is a pickle here, then one beside them.
+
+    DPO loads by the same function as SFT. Files that are only records are not read at all, and the run goes on.
+    """
+    names = [path.name for path in (road / "pt").iterdir() if path.is_file() and path.name != MANIFEST]
+
+    def forge(name: str) -> tuple[str, list[int]]:
+        forged = Path(shutil.copytree(road / "pt", tmp_path / f"forged {name}"))
         (forged / MANIFEST).unlink()
         form(forged / name, Planted(witness))
-        if name in EXTRA:
-            (forged / "model.safetensors").unlink()
-        with pytest.raises((SystemExit, Exception)) as stopped:
-            mini_qwen_eval.main(["--checkpoints", str(forged), "--output_dir", str(tmp_path / "eval")])
-            raise SystemExit("read")
-        if name in ("model.safetensors", "tokenizer.json", "config.json", *EXTRA):
-            assert str(stopped.value) != "read", name
-    stages = {
-        stage: arguments(stage, road, checkpoint=forged, output_dir=tmp_path / stage) for stage in ("sft", "dpo")
-    }
-    assert [programs.run(stage, argv).code for stage, argv in stages.items()] == [1, 1]
+        sft = arguments("sft", road, checkpoint=forged, output_dir=tmp_path / f"sft {name}", max_steps=1)
+        evaluate = ["--config", str(recipe_of(tmp_path / f"eval {name}", forged))]
+        runs = [("sft", sft), ("eval", evaluate), ("eval", [*evaluate, "--chat", str(forged)])]
+        return name, [programs.run(stage, argv).code for stage, argv in runs]
+
+    codes = dict(programs.map(forge, [*names, *EXTRA]))
     assert not witness.exists()
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert codes[name] == [1, 1, 1], name
+    for name in ("run.json", "training_loss.png", *EXTRA):
+        assert codes[name][0] == 0 and codes[name][2] == 0, name  # what is read was not forged
+
+
+def recipe_of(folder: Path, checkpoint: Path) -> Path:
+    """An evaluation's recipe that needs no data but the checkpoint."""
+    folder.mkdir()
+    text = json.dumps(
+        {"checkpoints": [str(checkpoint)], "output_dir": str(folder), "prompts": ["a"], "max_new_tokens": 1}
+    )
+    (folder / "eval.yaml").write_text(text, encoding="utf-8")
+    return folder / "eval.yaml"
 
 
 def test_code_beside_a_config_is_not_run(
@@ -124,9 +136,10 @@ def test_code_beside_a_config_is_not_run(
         content |= {"auto_map": {cls: "modeling.Any" for cls in classes}}
         content |= {"model_type": "unheard_of"} if name == "config.json" else {"tokenizer_class": "Any"}
         (forged / name).write_text(json.dumps(content), encoding="utf-8")
-    for argv in (["--checkpoints", str(forged)], ["--chat", str(forged)]):
-        with pytest.raises((SystemExit, Exception)):
-            mini_qwen_eval.main([*argv, "--output_dir", str(tmp_path / "eval")])
+    recipe = ["--config", str(recipe_of(tmp_path / "eval", forged))]
+    genuine = ["--config", str(recipe_of(tmp_path / "genuine", road / "sft"))]
+    codes = [programs.run("eval", argv).code for argv in (recipe, [*recipe, "--chat", str(forged)], genuine)]
+    assert codes == [1, 1, 0]
     with pytest.raises((SystemExit, Exception)):
         load_tokenizer(str(forged))
     for stage in ("sft", "dpo"):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = ("pt", "sft", "dpo")
+STAGES = ("pt", "sft", "dpo", "eval")
 TIMEOUT = 120.0  # seconds
 
 
@@ -45,6 +45,7 @@ def fork(job: dict[str, Any]) -> int:
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.setsid()
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         code = run_job(job)
         sys.stdout.flush()
         sys.stderr.flush()
