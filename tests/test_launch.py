@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import re
 import shutil
 import signal
@@ -185,9 +186,9 @@ def test_fewer_processes_than_asked_for_is_an_error(road: Path, tmp_path: Path) 
 
 
 def test_codes_of_several_processes() -> None:
-    assert exit_code([75, 75]) == exit_code([75, -15]) == 75
+    assert exit_code([75, 75]) == exit_code([75, -15]) == exit_code([-15]) == 75
     assert exit_code([-15, 1]) == exit_code([75, 1]) == 1
-    assert exit_code([-9]) == 137
+    assert exit_code([-9]) == exit_code([-9, 75]) == 137  # out of memory: starting it again would not help
 
 
 COMMANDS = {
@@ -243,7 +244,7 @@ def test_every_command_stops_behind_a_checkpoint_with_code_75(
     def stop(way_and_name: tuple[str, str]) -> None:
         way, name = way_and_name
         folder = tmp_path / f"{way} {name}"
-        argv = small_arguments("pt", road, output_dir=folder, max_steps=100_000)
+        argv = small_arguments("pt", road, output_dir=folder, max_steps=100_000, dataloader_num_workers=1)
         kill, number = (os.kill, signal.SIGTERM) if name == "kill" else (os.killpg, signal.SIGINT)
         code, said = stop_under_way(COMMANDS[way], argv, lambda pid: kill(pid, number), started)
         assert code == 75, said[-3000:]
@@ -266,6 +267,53 @@ def test_a_stage_does_not_outlive_run_sh(road: Path, tmp_path: Path, started: li
     assert code == -9
     assert not wait_for_end_of_all(tmp_path / "pt")
     verify(next((tmp_path / "pt").glob("checkpoint-*")))
+
+
+def test_a_terminal_that_is_closed(road: Path, tmp_path: Path) -> None:
+    """Its program gets SIGHUP, and an error for every word that it says from then on."""
+    argv = small_arguments("pt", road, output_dir=tmp_path / "pt", max_steps=100_000, dataloader_num_workers=1)
+    process, terminal = pty.fork()
+    if process == 0:
+        os.chdir(ROOT)
+        os.execve(sys.executable, [sys.executable, "mini_qwen_pt.py", *argv], environment())
+    said = b""
+    while said.count(b"'loss'") < 3:
+        said += os.read(terminal, 4096)
+    os.close(terminal)
+    _, status = os.waitpid(process, 0)
+    assert os.waitstatus_to_exitcode(status) == 75
+    assert not wait_for_end_of_all(tmp_path / "pt")
+    (checkpoint,) = (tmp_path / "pt").glob("checkpoint-*")
+    verify(checkpoint)
+
+
+FAKE_PYTHON = """#!/bin/bash
+[ "$1" = -c ] && exec python3 "$@"
+echo "$@" >>called
+[[ "$*" == *prepare_only* ]] && exit $(cat code)
+exit 0
+"""
+
+
+@pytest.mark.parametrize("code", [0, 1, 75])
+def test_run_sh_prepares_before_it_launches_one_process_for_each_gpu(tmp_path: Path, code: int) -> None:
+    """With two GPUs and a python that only writes down what it was called with; data that is refused ends it."""
+    for name in ("run.sh", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "code").write_text(str(code))
+    (tmp_path / ".venv" / "bin" / "python").write_text(FAKE_PYTHON)
+    (tmp_path / ".venv" / "bin" / "python").chmod(0o755)
+    stamp = "cat pyproject.toml constraints.txt | cksum >.venv/installed"
+    subprocess.run(["bash", "-c", stamp], cwd=tmp_path, check=True)
+    done = subprocess.run(
+        ["bash", "run.sh", "pt", "--seed", "7"], cwd=tmp_path, env={**os.environ, "CUDA_VISIBLE_DEVICES": "0,1"}
+    )
+    called = (tmp_path / "called").read_text().splitlines()
+    assert done.returncode == code
+    assert called[0] == "mini_qwen_pt.py --seed 7 --prepare_only true"
+    assert called[1:] == ["-m mini_qwen.launch --num_processes 2 mini_qwen_pt.py --seed 7"] * (code == 0)
 
 
 def test_demo_scripts_work_from_any_folder(tmp_path: Path) -> None:
