@@ -9,6 +9,7 @@ themselves, and the code of the first of them that failed is the code of all.
 """
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
@@ -31,14 +32,16 @@ def forward(number: int, frame: FrameType | None = None) -> None:
     if not processes and number != signal.SIGKILL:  # none is there yet that could stop
         raise SystemExit(EXIT_CODE)
     for process in processes:
-        process.send_signal(number)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
 
 
 def end_all_as_orphans() -> None:
     """run.sh was killed: the processes have as long as they have when this program is killed."""
-    forward(signal.SIGTERM)
-    time.sleep(ORPHAN_SECONDS)
-    forward(signal.SIGKILL)
+    with contextlib.suppress(SystemExit):
+        forward(signal.SIGTERM)
+        time.sleep(ORPHAN_SECONDS)
+        forward(signal.SIGKILL)
     os._exit(EXIT_CODE)
 
 

@@ -103,7 +103,6 @@ def use_named(args: TrainingArguments, folder: Path) -> str:
         refuse_earlier_run(folder)
     else:
         hold(args)
-        set_later_aside(named)
     return str(named)
 
 
@@ -137,12 +136,16 @@ def refuse_earlier_run(folder: Path) -> None:
 
 def check_identity(trainer: Trainer) -> None:
     """Make sure that a resumed run is the one that wrote the checkpoint, and write down whose the folder is now."""
-    args = trainer.args
+    args, folder = trainer.args, Path(trainer.args.output_dir)
     trainer.fingerprint = make_fingerprint(trainer)
     if args.resume_from_checkpoint:
-        saved = read_manifest(Path(args.resume_from_checkpoint))["fingerprint"]
-        check_same_run(saved, trainer.fingerprint, args.resume_from_checkpoint, args.allow_changes or [])
-    write_whole(Path(args.output_dir) / FINGERPRINT, trainer.fingerprint)
+        checkpoint = Path(args.resume_from_checkpoint)
+        check_same_run(
+            read_manifest(checkpoint)["fingerprint"], trainer.fingerprint, str(checkpoint), args.allow_changes or []
+        )
+        if checkpoint.resolve().parent == folder.resolve():
+            set_later_aside(checkpoint)
+    write_whole(folder / FINGERPRINT, trainer.fingerprint)
 
 
 def write_whole(file: Path, content: dict[str, Any]) -> None:

@@ -287,33 +287,38 @@ def test_a_terminal_that_is_closed(road: Path, tmp_path: Path) -> None:
     verify(checkpoint)
 
 
-FAKE_PYTHON = """#!/bin/bash
-[ "$1" = -c ] && exec python3 "$@"
-echo "$@" >>called
-[[ "$*" == *prepare_only* ]] && exit $(cat code)
-exit 0
-"""
+def run_sh_with(python: str, folder: Path) -> subprocess.Popen[bytes]:
+    """Start `bash run.sh pt --seed 7` in a folder of its own, where two GPUs are seen and python is this script."""
+    for name in ("run.sh", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, folder)
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    (folder / "logs").mkdir()
+    (folder / ".venv" / "bin" / "python").write_text("#!/bin/bash\n" + python)
+    (folder / ".venv" / "bin" / "python").chmod(0o755)
+    stamp = "cat pyproject.toml constraints.txt | cksum >.venv/installed"
+    subprocess.run(["bash", "-c", stamp], cwd=folder, check=True)
+    gpus = {**os.environ, "CUDA_VISIBLE_DEVICES": "0,1"}
+    return subprocess.Popen(["bash", "run.sh", "pt", "--seed", "7"], cwd=folder, env=gpus, start_new_session=True)
 
 
 @pytest.mark.parametrize("code", [0, 1, 75])
 def test_run_sh_prepares_before_it_launches_one_process_for_each_gpu(tmp_path: Path, code: int) -> None:
-    """With two GPUs and a python that only writes down what it was called with; data that is refused ends it."""
-    for name in ("run.sh", "pyproject.toml", "constraints.txt"):
-        shutil.copy(ROOT / name, tmp_path)
-    (tmp_path / ".venv" / "bin").mkdir(parents=True)
-    (tmp_path / "logs").mkdir()
-    (tmp_path / "code").write_text(str(code))
-    (tmp_path / ".venv" / "bin" / "python").write_text(FAKE_PYTHON)
-    (tmp_path / ".venv" / "bin" / "python").chmod(0o755)
-    stamp = "cat pyproject.toml constraints.txt | cksum >.venv/installed"
-    subprocess.run(["bash", "-c", stamp], cwd=tmp_path, check=True)
-    done = subprocess.run(
-        ["bash", "run.sh", "pt", "--seed", "7"], cwd=tmp_path, env={**os.environ, "CUDA_VISIBLE_DEVICES": "0,1"}
-    )
+    """Data that is refused, or a preparation that is stopped, ends it."""
+    python = f'echo "$@" >>called\n[[ "$*" == *prepare_only* ]] && exit {code}\nexit 0\n'
+    assert run_sh_with(python, tmp_path).wait(timeout=20) == code
     called = (tmp_path / "called").read_text().splitlines()
-    assert done.returncode == code
     assert called[0] == "mini_qwen_pt.py --seed 7 --prepare_only true"
     assert called[1:] == ["-m mini_qwen.launch --num_processes 2 mini_qwen_pt.py --seed 7"] * (code == 0)
+
+
+def test_a_second_ctrl_c_to_run_sh_does_not_wait(tmp_path: Path) -> None:
+    process = run_sh_with("trap 'touch asked' TERM\ntouch begun\nwhile true; do sleep 0.1; done\n", tmp_path)
+    for file in ("begun", "asked"):  # the first Ctrl-C asks, as `kill` does
+        while not (tmp_path / file).exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGINT)
+    assert process.wait(timeout=5) == 128 + signal.SIGKILL
 
 
 def test_demo_scripts_work_from_any_folder(tmp_path: Path) -> None:
