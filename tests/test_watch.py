@@ -86,7 +86,7 @@ def test_a_process_that_stands_still_is_named_with_its_step(tmp_path: Path) -> N
     ranks[1].send_signal(signal.SIGSTOP)
     _, said = ranks[0].communicate(timeout=10)
     assert ranks[0].returncode == 1
-    assert f"rank 1 (process {ranks[1].pid}) stands still since 1 s, at step 8" in said
+    assert f"rank 1 (process {ranks[1].pid}) stands still since 1 s, last heard of at step 8" in said
     ranks[1].kill()
 
 
