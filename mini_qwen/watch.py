@@ -94,7 +94,7 @@ class Heartbeat(threading.Thread):
         if content not in ("", self.first[other]) and silent > STOPPED_SECONDS:
             step, process, _ = content.split()
             say(
-                f"rank {other} (process {process}) stands still since {silent:.0f} s, last heard of at step {step}: it "
-                "was stopped, or its machine is gone. This run ends; its newest checkpoint is whole."
+                f"rank {other} (process {process}) stands still since {silent:.0f} s, last heard of at step {step}: "
+                "it was stopped, or its machine is gone. This run ends; its newest checkpoint is whole."
             )
             os._exit(1)
