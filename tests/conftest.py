@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -36,6 +37,10 @@ from mini_qwen.model import NewModel, build_model
 from mini_qwen.packing import Packed, cut
 from mini_qwen.store import StoreWriter, TokenStore
 from mini_qwen.tokenizer import load_tokenizer, train_tokenizer
+
+for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:  # as nohup and background jobs have them; the programs inherit it
+        signal.signal(number, usual)
 
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
