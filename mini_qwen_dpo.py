@@ -13,10 +13,11 @@ Writes: output_dir, with model, tokenizer, trainer_state.json, run.json, data_le
 from mini_qwen import run
 from mini_qwen.model import TrainedModel, load_model
 from mini_qwen.optimizer import make_optimizer
-from mini_qwen.preferences import PreferenceData, PreparedDPOTrainer, prepare_preferences
+from mini_qwen.preferences import PreferenceData, prepare_preferences
 from mini_qwen.preview import print_first_row
 from mini_qwen.recipe import parse_recipe
 from mini_qwen.tokenizer import load_tokenizer
+from mini_qwen.trainers import PreparedDPOTrainer
 from mini_qwen.training import PreferenceConfig
 
 

@@ -17,7 +17,7 @@ from mini_qwen.optimizer import make_optimizer
 from mini_qwen.preview import print_first_row
 from mini_qwen.recipe import parse_recipe
 from mini_qwen.tokenizer import load_tokenizer
-from mini_qwen.trainer import GuardedSFTTrainer
+from mini_qwen.trainers import GuardedSFTTrainer
 from mini_qwen.training import AnswerConfig
 
 

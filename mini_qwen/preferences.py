@@ -9,9 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset
-from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
-from trl import DPOTrainer
 
 from mini_qwen.cache import Preparation, build_once, hash_of, prepare_parts, source_hash, sum_ledgers
 from mini_qwen.chat import TokenRow, encode_chat
@@ -20,11 +18,9 @@ from mini_qwen.files import DataKeys, find_files
 from mini_qwen.ledger import Ledger
 from mini_qwen.mixture import find_sources, read_phases
 from mini_qwen.rows import Row, check_columns, read_rows
-from mini_qwen.sampler import ByLength
 from mini_qwen.schemas import PAIR_COLUMNS, PAIRS, BadRow, join_rated, read_pair
 from mini_qwen.shortening import fit_turns
 from mini_qwen.store import TokenStore
-from mini_qwen.trainer import Guarded
 
 PAIRS_AT_ONCE = 1000  # held in memory while the pairs are written
 
@@ -163,21 +159,3 @@ def write_pairs(file: Path, store: TokenStore) -> None:
                 len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs
             ]
             stream.write_batch(pa.RecordBatch.from_pydict(columns, schema=schema))
-
-
-class PreparedDPOTrainer(Guarded, DPOTrainer):
-    """TRL's DPOTrainer on pairs that are token ids already, of which it would otherwise make texts to tokenise."""
-
-    def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
-        return dataset
-
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        """With train_sampling_strategy group_by_length, an order by seed that is the same in all processes.
-
-        The order that transformers takes then depends on the state of torch's generator in each process.
-        """
-        if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(train_dataset)
-        rows = self.train_dataset if train_dataset is None else train_dataset
-        batch_size = self.args.train_batch_size * self.args.world_size
-        return ByLength(list(rows["length"]), batch_size, self.args.data_seed)

@@ -15,12 +15,12 @@ from mini_qwen.checkpoint import publish_files, write_manifest
 from mini_qwen.circumstances import circumstances, describe_device
 from mini_qwen.curves import plot_curves
 from mini_qwen.disk import check_space
+from mini_qwen.guard import Guarded
 from mini_qwen.interruption import interruption
 from mini_qwen.launch import NUM_PROCESSES
 from mini_qwen.ledger import Ledger
 from mini_qwen.mixture import MixtureKeys, read_phases
 from mini_qwen.resumption import check_identity, find_resume, hold, on_first_process, release
-from mini_qwen.trainer import Guarded
 from mini_qwen.watch import Heartbeat, call_when_orphaned, end_as_orphan
 
 

@@ -55,7 +55,7 @@ def add_to_every_trainer(callback: TrainerCallback) -> None:
 
 def nan_loss(step: int, value: float = float("nan"), micro_batch: int = 1, rank: int = 0) -> None:
     """The loss of one micro-batch becomes `value`, and with it the gradient."""
-    from mini_qwen.trainer import Guarded
+    from mini_qwen.guard import Guarded
 
     def compute_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
         loss = super(Guarded, self).compute_loss(*args, **kwargs)
@@ -67,7 +67,7 @@ def nan_loss(step: int, value: float = float("nan"), micro_batch: int = 1, rank:
 
 def poisoned_row(row: int, from_step: int) -> None:
     """A row of the training data makes the loss of its batch NaN."""
-    from mini_qwen.trainer import Guarded
+    from mini_qwen.guard import Guarded
 
     def compute_loss(self: Any, model: Any, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
         ids = torch.as_tensor(self.train_dataset[row]["input_ids"])[: inputs["input_ids"].shape[1]]

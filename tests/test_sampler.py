@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from mini_qwen.preferences import PreferenceData, PreparedDPOTrainer, prepare_preferences
+from mini_qwen.preferences import PreferenceData, prepare_preferences
 from mini_qwen.sampler import BATCHES_SORTED_TOGETHER, ByLength
+from mini_qwen.trainers import PreparedDPOTrainer
 from mini_qwen.training import PreferenceConfig
 
 ROOT = Path(__file__).resolve().parents[1]

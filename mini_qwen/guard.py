@@ -12,10 +12,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
-from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import TrainOutput
-from trl import SFTTrainer
 
 from mini_qwen.checkpoint import UNFINISHED, publish, rotate, write_manifest
 from mini_qwen.disk import checkpoint_bytes, explain_full_disk
@@ -169,11 +167,3 @@ class Guarded:
             os._exit(code)
         if code:
             raise SystemExit(code)
-
-
-class GuardedTrainer(Guarded, Trainer):
-    """transformers' Trainer, guarded: for PT."""
-
-
-class GuardedSFTTrainer(Guarded, SFTTrainer):
-    """TRL's SFTTrainer, guarded."""
