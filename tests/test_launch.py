@@ -133,7 +133,7 @@ def test_zero_2_resumes_bit_for_bit(two: Two, trained: Path, tmp_path: Path, sta
 
 
 @LINUX
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.soak)])
 def test_two_processes_stop_together_behind_one_checkpoint(two: Two, trained: Path, tmp_path: Path, name: str) -> None:
     folder = tmp_path / "pt"
     done = run(two.command("pt", folder, faults={"signal_launcher": {"step": 2, "name": name}}))
