@@ -25,7 +25,7 @@ NEUTRAL |= {f"dataloader_{name}" for name in ("num_workers", "pin_memory", "pers
 NEUTRAL |= {"dataloader_multiprocessing_context", "dataloader_in_order"}
 NEUTRAL |= {"parallelism_config", "precompute_ref_batch_size", "torch_empty_cache_steps", "bf16", "fp16"}
 # Stand in the optimizer's state and come back with it, whatever the recipe says.
-IN_CHECKPOINT = {"weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "optim_args"}
+IN_CHECKPOINT = {"weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "optim_args", "low_memory"}
 # Of a config: who wrote it and where it lies.
 FOREIGN_CONFIG = {"transformers_version", "_name_or_path", "dtype", "use_cache", "architectures", "training_stage"}
 
@@ -72,13 +72,11 @@ def plain(value: Any) -> Any:
 
 def describe_distribution(trainer: Trainer) -> str:
     plugin = trainer.args.deepspeed_plugin
-    return (
-        "none"
-        if trainer.args.world_size == 1 and plugin is None
-        else (
-            f"DeepSpeed ZeRO-{plugin.zero_stage}" if plugin else trainer.args.distributed_state.distributed_type.value
-        )
-    )
+    if plugin is not None:
+        return f"DeepSpeed ZeRO-{plugin.zero_stage}"
+    if trainer.args.world_size == 1:
+        return "none"
+    return trainer.args.distributed_state.distributed_type.value
 
 
 def hash_rows(rows: Sized) -> str:

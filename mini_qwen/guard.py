@@ -105,13 +105,15 @@ class Guarded:
         with self.written_aside() as aside:
             super()._save_checkpoint(*args, **kwargs)
             best = self.state.best_model_checkpoint
-            if best is not None and Path(best).parent == aside:
+            is_best = best is not None and Path(best).parent == aside
+            if is_best:
                 self.state.best_model_checkpoint = str(output_dir / Path(best).name)
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
                 for script in (aside / name).glob("*.py"):
                     script.unlink()  # DeepSpeed's zero_to_fp32.py, which would unpickle what the folder holds
-                self.state.save_to_json(str(aside / name / TRAINER_STATE_NAME))
+                if is_best:  # it was written with the path aside
+                    self.state.save_to_json(str(aside / name / TRAINER_STATE_NAME))
                 write_manifest(aside / name, self.fingerprint)
                 publish(aside / name, output_dir / name)
                 rotate(output_dir, self.checkpoint_limit, output_dir / name, self.state.best_model_checkpoint)
