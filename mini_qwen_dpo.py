@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     train_pairs, test_pairs, ledger = prepare_preferences(data_args, tokenizer, training_args.max_length)
     run.show_data(training_args, ledger)
 
-    model = load_model(model_args, tokenizer, training_args.precision, stage="dpo")
+    model = load_model(model_args, tokenizer, training_args.precision, "dpo", training_args.low_memory)
     trainer = PreparedDPOTrainer(
         model=model,
         args=training_args,

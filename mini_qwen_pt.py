@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     train_blocks, eval_blocks, ledger = prepare_documents(data_args, tokenizer, training_args.seed)
     run.show_data(training_args, ledger)
 
-    model = build_model(model_args, tokenizer, training_args.precision, stage="pt")
+    model = build_model(model_args, tokenizer, training_args.precision, "pt", training_args.low_memory)
     trainer = GuardedTrainer(
         model=model,
         args=training_args,

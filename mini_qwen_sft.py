@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     run.show_data(training_args, ledger)
 
-    model = load_model(model_args, tokenizer, training_args.precision, stage="sft")
+    model = load_model(model_args, tokenizer, training_args.precision, "sft", training_args.low_memory)
     trainer = GuardedSFTTrainer(
         model=model,
         args=training_args,

@@ -40,6 +40,8 @@ def checkpoint_bytes(trainer: Trainer) -> int:
 def optimizer_bytes(trainer: Trainer) -> int:
     weights = [weight for weight in trainer.model.parameters() if weight.requires_grad]
     num_parameters = sum(weight.numel() for weight in weights)
+    if trainer.args.low_memory:  # bytes of the weights, of two moments, and scales; vectors have moments of 4 bytes
+        return sum(weight.numel() * (3 if weight.ndim > 1 else 9) for weight in weights) + num_parameters // 32
     if trainer.optimizer is None:
         name = str(trainer.args.optim)
         return num_parameters * next((size for key, size in OPTIMIZER_BYTES.items() if key in name.lower()), 8)
@@ -77,7 +79,8 @@ def check_space(trainer: Trainer) -> None:
     """
     folder = Path(trainer.args.output_dir)
     each, number = checkpoint_bytes(trainer), most_checkpoints(trainer, count_steps(trainer))
-    model = sum(weight.numel() * weight.element_size() for weight in trainer.model.parameters())
+    bytes_each = 4 if trainer.args.low_memory else 0  # the finished model is fp32 then
+    model = sum(weight.numel() * max(weight.element_size(), bytes_each) for weight in trainer.model.parameters())
     there = sum(map(folder_bytes, find_checkpoints(folder)))
     need, free = each * (number + 1) + model - there, shutil.disk_usage(folder).free
     if need > free:

@@ -20,6 +20,7 @@ from types import FrameType
 import psutil
 
 from mini_qwen.interruption import EXIT_CODE, SIGNALS
+from mini_qwen.threads import VARIABLE, threads_of_each
 from mini_qwen.watch import LAUNCHER, ORPHAN_SECONDS, call_when_orphaned
 
 NUM_PROCESSES = "MINI_QWEN_NUM_PROCESSES"  # in the environment of each process: how many were asked for
@@ -64,6 +65,7 @@ def launch_several(num_processes: int, config_file: str, script: list[str]) -> i
     # Read by torch when it parses the options of its launcher: which signals it takes, which would be all of these.
     os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"
     os.environ |= {LAUNCHER: str(os.getpid()), NUM_PROCESSES: str(num_processes)}
+    os.environ[VARIABLE] = str(threads_of_each(num_processes))  # torch's launcher would take 1
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 

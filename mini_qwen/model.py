@@ -100,24 +100,33 @@ def make_config(args: NewModel, tokenizer: PreTrainedTokenizerBase) -> Qwen2Conf
     return config
 
 
-def build_model(args: NewModel, tokenizer: PreTrainedTokenizerBase, precision: str, stage: str) -> PreTrainedModel:
+def build_model(
+    args: NewModel, tokenizer: PreTrainedTokenizerBase, precision: str, stage: str, low_memory: bool = False
+) -> PreTrainedModel:
     """A randomly initialised causal language model with fp32 weights, whatever type it computes in.
 
-    bf16 weights with a plain optimizer would lose small updates: at lr 1e-4 only 64% of them ever changed.
+    bf16 weights with a plain optimizer would lose small updates: at lr 1e-4 only 64% of them ever changed. With
+    `low_memory` they are bf16; its optimizer keeps what they cannot hold.
     """
     config = make_config(args, tokenizer)
     attention = choose_attention(args.attn_implementation, precision)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
+    dtype = torch.bfloat16 if low_memory else torch.float32
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     return settle(model, tokenizer, stage)
 
 
-def load_model(args: TrainedModel, tokenizer: PreTrainedTokenizerBase, precision: str, stage: str) -> PreTrainedModel:
-    """The checkpoint's model with fp32 weights. Raises SystemExit when the folder is not a complete checkpoint."""
+def load_model(
+    args: TrainedModel, tokenizer: PreTrainedTokenizerBase, precision: str, stage: str, low_memory: bool = False
+) -> PreTrainedModel:
+    """The checkpoint's model with fp32 weights, or bf16 for `low_memory`.
+
+    Raises SystemExit when the folder is not a complete checkpoint.
+    """
     check_checkpoint(args.checkpoint)
     attention = choose_attention(args.attn_implementation, precision)
     model = AutoModelForCausalLM.from_pretrained(
         args.checkpoint,
-        dtype=torch.float32,
+        dtype=torch.bfloat16 if low_memory else torch.float32,
         attn_implementation=attention,
         attention_dropout=args.attention_dropout,
         use_safetensors=True,

@@ -7,6 +7,8 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, TrainingArguments
 
+from mini_qwen.low_memory import low_memory_optimizer
+
 
 class MuonWithAdamW(torch.optim.Optimizer):
     """`torch.optim.Muon` on the matrices inside the layers and `torch.optim.AdamW` on embeddings, norms and biases.
@@ -51,10 +53,14 @@ class MuonWithAdamW(torch.optim.Optimizer):
 def make_optimizer(
     model: PreTrainedModel, args: TrainingArguments, muon_learning_rate: float | None
 ) -> torch.optim.Optimizer | None:
-    """MuonWithAdamW when the recipe sets `muon_learning_rate`, else None: the Trainer makes the one `optim` names.
+    """MuonWithAdamW when the recipe sets `muon_learning_rate`, LowMemoryAdamW when it sets `low_memory`.
 
-    Not under DeepSpeed, which hands a client optimizer flattened shards that are no matrices any more.
+    Else None: the Trainer makes the one that `optim` names.
+
+    Neither under DeepSpeed, which hands a client optimizer flattened shards that are no matrices any more.
     """
+    if args.low_memory:
+        return low_memory_optimizer(model, args)
     if muon_learning_rate is None:
         return None
     assert args.deepspeed_plugin is None

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import torch
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
@@ -19,8 +20,11 @@ from mini_qwen.guard import Guarded
 from mini_qwen.interruption import interruption
 from mini_qwen.launch import NUM_PROCESSES
 from mini_qwen.ledger import Ledger
+from mini_qwen.levers import show_levers
+from mini_qwen.low_memory import widen
 from mini_qwen.mixture import MixtureKeys, read_phases
 from mini_qwen.resumption import check_identity, find_resume, hold, on_first_process, release
+from mini_qwen.threads import threads_of_each
 from mini_qwen.watch import Heartbeat, call_when_orphaned, end_as_orphan
 
 
@@ -45,10 +49,12 @@ def begin(training_args: TrainingArguments, *recipe: Any) -> None:
         )
     training_args.resume_from_checkpoint = find_resume(training_args)
     set_seed(training_args.seed)
+    torch.set_num_threads(threads_of_each(int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     if training_args.process_index == 0:
         logging.set_verbosity_error()
-        print(f"device {describe_device(training_args)}, compute {training_args.precision}, fp32 master weights")
+        weights = "bf16 weights and a byte more, 8-bit moments" if training_args.low_memory else "fp32 master weights"
+        print(f"device {describe_device(training_args)}, compute {training_args.precision}, {weights}")
         for part in recipe:
             keys = ", ".join(f"{key}={value}" for key, value in plain_recipe(part).items())
             print(f"{type(part).__name__}: {keys}")
@@ -72,6 +78,12 @@ def check_launch(args: TrainingArguments) -> None:
             "muon_learning_rate works on one process, not under DeepSpeed, whose shards are no matrices any more. "
             "Leave it out of the recipe, or start one process: CUDA_VISIBLE_DEVICES=0."
         )
+    if args.low_memory and (args.world_size > 1 or args.deepspeed_plugin is not None):
+        raise SystemExit(
+            "low_memory works on one process, without DeepSpeed, whose optimizers keep fp32 weights of their own. "
+            "Leave it out of the recipe: ZeRO-2 shares the memory among the GPUs. Or start one process, without a "
+            "launcher: CUDA_VISIBLE_DEVICES=0."
+        )
 
 
 def show_data(args: TrainingArguments, ledger: Ledger) -> None:
@@ -91,7 +103,7 @@ def show_data(args: TrainingArguments, ledger: Ledger) -> None:
 def show_start(trainer: Guarded) -> None:
     """The last checks before the first step: the same run as the checkpoint's, and room on the disk.
 
-    Prints the size of what is trained, and which attention keeps its documents apart.
+    Prints the size of what is trained, which attention keeps its documents apart, and what was chosen for speed.
     """
     args, model = trainer.args, trainer.model
 
@@ -100,6 +112,7 @@ def show_start(trainer: Guarded) -> None:
         check_space(trainer)
         rows = len(trainer.train_dataset)
         print(f"{model.num_parameters():,} parameters, attention {model.config._attn_implementation}, {rows:,} rows")
+        print(show_levers(trainer))
 
     on_first_process(args, check)
     if args.world_size > 1:
@@ -120,6 +133,8 @@ def finish(trainer: Guarded, result: TrainOutput, ledger: Ledger, *recipe: Any) 
     trainer.model.config.use_cache = True  # switched off for training; a checkpoint is loaded to generate
     with trainer.written_aside() as aside:
         whole = aside / "finished"
+        if trainer.args.low_memory and not trainer.args.load_best_model_at_end:  # the optimizer is the last step's
+            widen(trainer.model, trainer.optimizer)
         trainer.save_model(str(whole))
         if trainer.is_world_process_zero():
             trainer.model.generation_config.save_pretrained(whole)

@@ -8,19 +8,38 @@ from transformers import Trainer
 from trl import DPOTrainer, SFTTrainer
 
 from mini_qwen.guard import Guarded
+from mini_qwen.levers import fit_loss_head
 from mini_qwen.sampler import ByLength
 
 
 class GuardedTrainer(Guarded, Trainer):
-    """transformers' Trainer, guarded: for PT."""
+    """transformers' Trainer, guarded, with our loss head: for PT."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        fit_loss_head(self.model, self.args, equal_weights=True)
 
 
 class GuardedSFTTrainer(Guarded, SFTTrainer):
-    """TRL's SFTTrainer, guarded."""
+    """TRL's SFTTrainer, guarded, with our loss head in the place of its own."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        fit_loss_head(self.model, self.args, equal_weights=self.args.loss_type == "nll")
 
 
 class PreparedDPOTrainer(Guarded, DPOTrainer):
     """TRL's DPOTrainer on pairs that are token ids already, of which it would otherwise make texts to tokenise."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for model in filter(None, (self.model, self.ref_model)):
+            fit_loss_head(model, self.args, equal_weights=False)
+
+    def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Dataset:
+        """Called before the trainer is complete; the reference is scored by the head that the policy will be."""
+        fit_loss_head(self.model, self.args, equal_weights=False)
+        return super()._precompute_ref_logps(*args, **kwargs)
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
         return dataset

@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 from trl import DPOConfig, SFTConfig
 
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
+LossHead = Literal["auto", "chunked", "library"]
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"]
 
 
@@ -39,6 +40,8 @@ class StageKeys:
 
     needs_gpu: bool = False  # refuse to start on a machine without a GPU
     precision: Precision = "auto"
+    loss_head: LossHead = "auto"  # chunked: ours; library: the full logits in PT, TRL's own head in SFT and DPO
+    low_memory: bool = False  # 7 bytes a weight in place of 16, on one process: see mini_qwen/low_memory.py
     muon_learning_rate: float | None = None  # set: Muon for the matrices at this rate, AdamW for all else
     prepare_only: bool = False  # prepare the data, print the counts, and leave
     resume_from_checkpoint: bool | str | None = None  # a checkpoint folder; true: the newest one; auto: or none
@@ -70,6 +73,8 @@ class StageKeys:
                 "CPU use the recipes in recipes/demo, or pass --needs_gpu false to run this one on the CPU."
             )
         self.started = time.time()
+        if self.low_memory:
+            self.check_low_memory()
         self.precision = choose_precision(self.precision)
         self.bf16, self.fp16 = self.precision == "bf16", self.precision == "fp16"
         self.use_cpu = not torch.cuda.is_available()
@@ -77,6 +82,17 @@ class StageKeys:
         # Else accelerate takes the seed that torch's generator has at that moment, and DPO changes it on the way.
         self.data_seed = self.seed if self.data_seed is None else self.data_seed
         super().__post_init__()
+
+    def check_low_memory(self) -> None:
+        """Raises ValueError for keys that do not go with `low_memory`; settles the precision on a CPU."""
+        if self.muon_learning_rate is not None or self.optim != TrainingArguments.optim:
+            raise ValueError(
+                "low_memory: true brings its own optimizer; leave muon_learning_rate and optim out of the recipe."
+            )
+        if self.precision == "auto" and not torch.cuda.is_available():
+            self.precision = "bf16"
+        if self.precision == "fp32":
+            raise ValueError("low_memory: true holds bf16 weights; precision can be auto, bf16 or fp16, not fp32.")
 
 
 @dataclass

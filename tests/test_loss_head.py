@@ -1,0 +1,129 @@
+"""A model with the chunked loss head learns what a plain one does, in all stages."""
+
+import copy
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import MakeModel
+from programs import STAGES, Programs, arguments, gradient_norms, losses
+from transformers import PreTrainedModel
+
+from mini_qwen.blocks import IGNORED
+from mini_qwen.levers import choose_loss_head, fit_loss_head
+from mini_qwen.loss_head import add_loss_head
+
+
+@pytest.fixture
+def models(tiny_model: MakeModel) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The same weights twice: as transformers leaves them, and with the head."""
+    plain = tiny_model()
+    ours = copy.deepcopy(plain)
+    add_loss_head(ours, equal_weights=True)
+    return plain, ours
+
+
+def make_batch(vocab: int) -> dict[str, torch.Tensor]:
+    """Two rows of two documents each, half of the labels ignored."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocab, (2, 24), generator=generator)
+    labels = ids.masked_fill(torch.rand(2, 24, generator=generator) < 0.5, IGNORED)
+    labels[:, [0, 10]] = IGNORED
+    positions = torch.cat([torch.arange(10), torch.arange(14)]).expand(2, -1)
+    return {"input_ids": ids, "labels": labels, "position_ids": positions}
+
+
+def gradients(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+@pytest.mark.parametrize("num_items", [None, 31])
+def test_loss_and_gradients_are_those_of_the_plain_model(
+    models: tuple[PreTrainedModel, PreTrainedModel], num_items: int | None
+) -> None:
+    """With ignored labels, packed documents, and the Trainer's count of tokens over all micro-batches."""
+    batch = make_batch(models[0].config.vocab_size) | ({} if num_items is None else {"num_items_in_batch": num_items})
+    outputs = [model(**batch, use_cache=False) for model in models]
+    for output in outputs:
+        output["loss"].backward()
+    assert outputs[1].loss.item() == pytest.approx(outputs[0].loss.item(), abs=1e-5)
+    plain, ours = map(gradients, models)
+    assert plain.keys() == ours.keys()
+    for name in plain:
+        assert torch.allclose(ours[name], plain[name], atol=1e-6), name
+
+
+def test_scores_are_of_the_next_token(models: tuple[PreTrainedModel, PreTrainedModel]) -> None:
+    batch = make_batch(models[0].config.vocab_size)
+    output = models[1](**batch, fused_lm_head=True)
+    logits = models[0](**{name: batch[name] for name in ("input_ids", "position_ids")}, use_cache=False).logits
+    log_probs = logits.log_softmax(dim=-1)
+    labels = batch["labels"]
+    for row in range(2):
+        for place in range(23):
+            label = labels[row, place + 1].item()
+            if label == IGNORED:
+                assert output.log_probs[row, place] == 0 and not output.label_mask[row, place]
+                continue
+            assert output.log_probs[row, place].item() == pytest.approx(log_probs[row, place, label].item(), abs=1e-5)
+            mean = logits[row, place].mean().item()
+            assert output.mean_logits[row, place].item() == pytest.approx(mean, abs=1e-5)
+
+
+def test_without_labels_the_model_is_as_it_was(models: tuple[PreTrainedModel, PreTrainedModel]) -> None:
+    ids = make_batch(models[0].config.vocab_size)["input_ids"]
+    plain, ours = (model(input_ids=ids).logits for model in models)
+    assert torch.equal(plain, ours)
+    generated = [model.generate(ids, max_new_tokens=4, do_sample=False) for model in models]
+    assert torch.equal(*generated)
+
+
+def test_a_batch_without_labels_to_learn_moves_nothing(models: tuple[PreTrainedModel, PreTrainedModel]) -> None:
+    batch = make_batch(models[1].config.vocab_size)
+    batch["labels"][:] = IGNORED
+    loss = models[1](**batch).loss
+    loss.backward()
+    assert loss.item() == 0
+    assert not any(gradient.any() for gradient in gradients(models[1]).values())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stages_learn_alike_with_the_libraries_own_heads(
+    programs: Programs, road: Path, tmp_path: Path, stage: str
+) -> None:
+    options = {"precision": "fp32", "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+
+    def train(head: str) -> Path:
+        folder = tmp_path / head
+        done = programs.run(stage, arguments(stage, road, output_dir=folder, loss_head=head, **options))
+        assert done.code == 0, done.output[-3000:]
+        assert f"loss_head                 {head}" in done.output
+        return folder
+
+    ours, theirs = programs.map(train, ["chunked", "library"])
+    assert losses(ours) == pytest.approx(losses(theirs), abs=1e-3)
+    assert losses(ours)[0] == pytest.approx(losses(theirs)[0], abs=1e-5)
+    assert gradient_norms(ours)[0] == pytest.approx(gradient_norms(theirs)[0], rel=1e-4)
+
+
+def recipe(**keys: object) -> SimpleNamespace:
+    return SimpleNamespace(**({"loss_head": "auto", "deepspeed_plugin": None} | keys))
+
+
+def test_a_head_that_cannot_serve_is_not_taken(tiny_model: MakeModel) -> None:
+    model = tiny_model()
+    assert choose_loss_head(model, recipe()).chosen == "chunked"
+    assert choose_loss_head(model, recipe(loss_head="library")).chosen == "library"
+    sharded = recipe(deepspeed_plugin=SimpleNamespace(zero_stage=3))
+    for args, reason in ((sharded, "ZeRO-3"), (recipe(use_weighting=True), "use_weighting")):
+        lever = choose_loss_head(model, args)
+        assert lever.chosen == "library" and reason in lever.why
+        args.loss_head = "chunked"
+        with pytest.raises(SystemExit, match=f"(?s){reason}.*library"):
+            fit_loss_head(model, args, equal_weights=True)
+    model.config.final_logit_softcapping = 30.0
+    assert "final_logit_softcapping" in choose_loss_head(model, recipe()).why
+    model = tiny_model()
+    model.lm_head = torch.nn.Linear(32, 448, bias=True)
+    assert choose_loss_head(model, recipe()).chosen == "library"

@@ -1,0 +1,56 @@
+"""Threads: as many as there are cores for them, shared by the processes, unless the user says otherwise."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mini_qwen.threads import available_cores, threads_of_each
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize(
+    ("quota", "cores"), [("max 100000", 8), ("200000 100000", 2), ("50000 100000", 1), ("3200000 100000", 8)]
+)
+def test_a_quota_is_a_number_of_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quota: str, cores: int) -> None:
+    monkeypatch.setattr("psutil.cpu_count", lambda logical=True: 16 if logical else 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+    (tmp_path / "cpu.max").write_text(quota + "\n")
+    assert available_cores(tmp_path / "cpu.max") == cores
+    assert available_cores(tmp_path / "not there") == 8
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system has no affinity of processes")
+def test_affinity_counts(tmp_path: Path) -> None:
+    one = {min(os.sched_getaffinity(0))}
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, one)
+    try:
+        assert available_cores(tmp_path / "not there") == 1
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def test_processes_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("mini_qwen.threads.available_cores", lambda: 16)
+    assert [threads_of_each(number) for number in (1, 3, 16, 40)] == [16, 5, 1, 1]
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    assert threads_of_each(8) == 4
+
+
+@pytest.mark.parametrize(("wait", "expected"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7")])
+def test_threads_wait_asleep_unless_told_otherwise(wait: dict[str, str], expected: str) -> None:
+    """Set before torch is loaded, which reads it then."""
+    code = "import os, sys, mini_qwen; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    clean = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=clean | wait, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [expected, "False"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=clean | {"OMP_WAIT_POLICY": "active"}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["None", "False"]
