@@ -109,13 +109,13 @@ def cpu_seconds() -> float:
 
 
 def memory_mb(process: psutil.Process) -> float:
-    kilobytes = 0
+    kibibytes = 0
     for member in [process, *process.children(recursive=True)]:
         with contextlib.suppress(OSError):  # it has ended since it was listed
             for line in Path(f"/proc/{member.pid}/smaps_rollup").read_text().splitlines():
                 if line.startswith(("Pss_Anon:", "Pss_Shmem:")):
-                    kilobytes += int(line.split()[1])
-    return kilobytes / 1000
+                    kibibytes += int(line.split()[1])
+    return kibibytes * 1024 / 1e6
 
 
 def processor() -> str:
