@@ -17,6 +17,8 @@ from mini_qwen.threads import VARIABLE, available_cores
 # Keys of a config that change the logits between the head's matrix and the loss, in models other than Qwen2.
 TRANSFORMED = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 
+AUTOMATIC_PRECISION = "bf16 or fp16 on a GPU; fp32 on a CPU, the same on every machine"
+
 
 class Lever(NamedTuple):
     key: str  # of the recipe, where it is one
@@ -71,7 +73,9 @@ def list_levers(trainer: Trainer) -> list[Lever]:
     compiled = "slow at its first steps" if args.torch_compile else "takes a minute or more before the first step"
     why = "memory for time" if args.activation_checkpointing else "1.3 times the time where memory allows it off"
     levers += [
-        Lever("precision", args.precision, "bf16 or fp16 on a GPU; fp32 on a CPU, the same on every machine"),
+        Lever(
+            "precision", args.precision, "the recipe says so" if "precision" in args.written else AUTOMATIC_PRECISION
+        ),
         Lever("torch_compile", args.torch_compile, compiled),
         Lever("activation_checkpointing", bool(args.activation_checkpointing), why),
         describe_optimizer(trainer),
@@ -85,8 +89,8 @@ def list_levers(trainer: Trainer) -> list[Lever]:
 def describe_attention(model: PreTrainedModel, on_gpu: bool) -> Lever:
     chosen = model.config._attn_implementation
     if "flash" in chosen:
-        return Lever("attn_implementation", chosen, "installed, and the GPU can; a batch is one flat row")
-    why = "flash-attn is not installed, or the GPU cannot" if on_gpu else "no GPU"
+        return Lever("attn_implementation", chosen, "a batch is one flat row")
+    why = "the recipe's, or no flash attention that this GPU can use" if on_gpu else "no GPU"
     return Lever("attn_implementation", chosen, f"{why}; rows are kept apart by their positions")
 
 
@@ -102,7 +106,11 @@ def describe_optimizer(trainer: Trainer) -> Lever:
 
 def describe_threads() -> Lever:
     cores, busy = available_cores(), os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    why = f"{VARIABLE} says so" if os.environ.get(VARIABLE) else f"{cores} cores for this run's processes"
+    why = (
+        f"{VARIABLE}, set by you or the launcher"
+        if os.environ.get(VARIABLE)
+        else f"{cores} cores for this run's processes"
+    )
     if busy > cores / 2:
         why += f"; {busy:.1f} of them busy as it starts: with other work beside it, {VARIABLE}=1 can be far faster"
     return Lever("threads", torch.get_num_threads(), why)

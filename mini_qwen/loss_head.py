@@ -5,6 +5,7 @@ Only positions with a label are: a third to a half of the tokens of SFT and DPO 
 
 import functools
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ def add_loss_head(model: PreTrainedModel, equal_weights: bool) -> None:
 
     Without labels the model is as it was. `fused_lm_head=True` is how TRL's trainers ask for the metrics too.
     """
-    plain_forward = type(model).forward
+    plain_forward = MethodType(type(model).forward, model)
 
     @functools.wraps(plain_forward)  # the Trainer and generate() read its signature
     def forward(
@@ -46,7 +47,7 @@ def add_loss_head(model: PreTrainedModel, equal_weights: bool) -> None:
         **kwargs: Any,
     ) -> Any:
         if labels is None:
-            return plain_forward(model, *args, **kwargs)
+            return plain_forward(*args, **kwargs)
         hidden = model.base_model(*args, **(kwargs | {"use_cache": False})).last_hidden_state[:, :-1]
         weight = model.get_output_embeddings().weight
         targets = labels[:, 1:]

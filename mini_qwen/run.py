@@ -133,7 +133,7 @@ def finish(trainer: Guarded, result: TrainOutput, ledger: Ledger, *recipe: Any) 
     trainer.model.config.use_cache = True  # switched off for training; a checkpoint is loaded to generate
     with trainer.written_aside() as aside:
         whole = aside / "finished"
-        if trainer.args.low_memory and not trainer.args.load_best_model_at_end:  # the optimizer is the last step's
+        if trainer.args.low_memory:
             widen(trainer.model, trainer.optimizer)
         trainer.save_model(str(whole))
         if trainer.is_world_process_zero():

@@ -25,5 +25,9 @@ def available_cores(quota_file: Path = CPU_QUOTA) -> int:
 
 
 def threads_of_each(num_processes: int) -> int:
-    """Threads for each of the processes of this machine; what the user has set in OMP_NUM_THREADS stands."""
-    return int(os.environ.get(VARIABLE) or max(1, available_cores() // num_processes))
+    """Threads for each of the processes of this machine; what the user has set in OMP_NUM_THREADS stands.
+
+    Of a list there, "4,2", the first is for the outermost loops, which are torch's.
+    """
+    wanted = os.environ.get(VARIABLE, "").partition(",")[0]
+    return int(wanted) if wanted.isdigit() else max(1, available_cores() // num_processes)

@@ -12,24 +12,27 @@ answer differently, and knows how only when all are scored: there the backward p
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
 
 # Numbers in the logits of one chunk, in fp32 128 MB and 1 GB: few enough for the cache and the memory of a CPU, many
 # enough to fill a GPU. 220 and 1,766 tokens at Qwen's vocabulary.
 CHUNK_NUMBERS = {"cpu": 2**25, "cuda": 2**28}
+ROWS_AT_ONCE = 64
 
 
 class Scores(NamedTuple):
     """What the head says of N tokens; all but the first cannot be differentiated."""
 
     log_probs: torch.Tensor  # [N] fp32, natural logarithm
-    is_top1: torch.Tensor  # [N] bool: the label is the most probable token
+    is_top1: torch.Tensor  # [N] bool: no token is more probable than the label
     entropy: torch.Tensor  # [N] fp32, nats; empty unless asked for
 
 
 class Head:
     """A linear head on the tokens of one call, and the gradients of the sum of their negative log-probabilities.
 
-    Products are in the compute type; sums over chunks in fp32, for in bf16 the later ones would hardly count.
+    Products are in the compute type; sums over chunks in fp32, for in bf16 the later ones would hardly count. All
+    chunks use the same two buffers: fresh memory costs a CPU more than what is computed in it.
     """
 
     def __init__(
@@ -38,28 +41,48 @@ class Head:
         weight: torch.Tensor,
         labels: torch.Tensor,
         dtype: torch.dtype,
+        chunk_tokens: int,
         with_gradients: bool,
     ) -> None:
         self.hidden, self.weight, self.labels = hidden.to(dtype), weight.to(dtype), labels[:, None]
-        self.gradients: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.chunks = chunks(len(hidden), chunk_tokens)
+        shape = (self.chunks[0].stop if self.chunks else 0, len(weight))
+        self.logits = hidden.new_empty(shape, dtype=dtype)
+        self.probabilities = hidden.new_empty(shape, dtype=torch.float32)
         if with_gradients:
-            self.gradients = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
+            self.to_hidden = torch.empty_like(hidden)
+            self.to_weight = torch.zeros_like(weight, dtype=torch.float32)
+            self.addend = torch.empty_like(self.weight) if dtype != torch.float32 and not hidden.is_cuda else None
 
-    def logits(self, part: slice) -> torch.Tensor:
-        return self.hidden[part] @ self.weight.T
+    def score(self, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits and probabilities [n, V] of a chunk, which last until the next call."""
+        hidden = self.hidden[part]
+        logits = torch.mm(hidden, self.weight.T, out=self.logits[: len(hidden)])
+        probabilities = self.probabilities[: len(hidden)]
+        source = logits
+        if logits.dtype != torch.float32:  # softmax would make an fp32 copy of its own
+            source = probabilities.copy_(logits)
+        return logits, torch.softmax(source, dim=-1, out=probabilities)
 
-    def add_gradients(self, part: slice, probabilities: torch.Tensor, factors: torch.Tensor | None = None) -> None:
-        """Of a chunk; destroys `probabilities` [n, V]. `factors` [n, 1] weigh its tokens, else they weigh 1."""
-        assert self.gradients is not None
+    def add_gradients(self, part: slice, factors: torch.Tensor | None = None) -> None:
+        """Of the chunk that was scored last. `factors` [n, 1] weigh its tokens, else they weigh 1."""
         hidden, labels = self.hidden[part], self.labels[part]
+        probabilities = self.probabilities[: len(hidden)]
         # How the negative log-probability grows with the logits: by the probabilities, less 1 for the label.
         probabilities.scatter_(1, labels, probabilities.gather(1, labels) - 1)
-        slope = probabilities.to(hidden.dtype)
+        slope = probabilities
+        if hidden.dtype != torch.float32:
+            slope = self.logits[: len(hidden)].copy_(probabilities)
         to_hidden = slope @ self.weight
         if factors is not None:
             to_hidden, hidden = to_hidden * factors, (hidden * factors).to(hidden.dtype)
-        self.gradients[0][part] = to_hidden
-        add_product(self.gradients[1], slope.T, hidden)
+        self.to_hidden[part] = to_hidden
+        if slope.dtype == torch.float32:
+            self.to_weight.addmm_(slope.T, hidden)
+        elif self.addend is None:
+            torch.addmm(self.to_weight, slope.T, hidden, out_dtype=torch.float32, out=self.to_weight)
+        else:
+            self.to_weight.add_(torch.mm(slope.T, hidden, out=self.addend))
 
 
 class ScoreTokens(torch.autograd.Function):
@@ -76,61 +99,52 @@ class ScoreTokens(torch.autograd.Function):
         with_entropy: bool,
         chunk_tokens: int,
     ) -> tuple[torch.Tensor, ...]:
-        head = Head(hidden, weight, labels, dtype, with_gradients=form_gradients)
-        log_z = hidden.new_empty(len(hidden), dtype=torch.float32)
-        label_logits, is_top1 = torch.empty_like(log_z), torch.empty_like(labels, dtype=torch.bool)
-        entropy = log_z.new_empty(len(hidden) if with_entropy else 0)
-        for part in chunks(len(hidden), chunk_tokens):
-            logits = head.logits(part)
-            highest, top1 = logits.max(dim=-1, keepdim=True)
-            probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32)
-            # Of the most probable token, whose probability is at least 1 / V, so that its logarithm is exact.
-            log_z[part] = (highest - probabilities.gather(1, top1).log())[:, 0]
-            label_logits[part] = logits.gather(1, head.labels[part])[:, 0].float()
-            is_top1[part] = (top1 == head.labels[part])[:, 0]
+        head = Head(hidden, weight, labels, dtype, chunk_tokens, with_gradients=form_gradients)
+        log_probs = hidden.new_empty(len(hidden), dtype=torch.float32)
+        is_top1 = torch.empty_like(labels, dtype=torch.bool)
+        entropy = log_probs.new_empty(len(hidden) if with_entropy else 0)
+        for part in head.chunks:
+            logits, probabilities = head.score(part)
+            highest, chosen = logits.amax(dim=-1), logits.gather(1, head.labels[part])[:, 0]
+            # By the most probable token, whose probability is at least 1 / V, so that its logarithm is exact.
+            log_z = highest - probabilities.amax(dim=-1).log()
+            log_probs[part] = chosen - log_z
+            is_top1[part] = chosen == highest
             if with_entropy:
-                expected = torch.bmm(probabilities[:, None], logits[:, :, None].float())
-                entropy[part] = log_z[part] - expected[:, 0, 0]
-            del logits  # else it stays beside what the gradients take, and while the next chunk's is made
+                entropy[part] = log_z - expected_logits(logits, probabilities)
             if form_gradients:
-                head.add_gradients(part, probabilities)
-            del probabilities
-        ctx.gradients, ctx.form_gradients = head.gradients, form_gradients
-        ctx.dtype, ctx.chunk_tokens = dtype, chunk_tokens
-        if not form_gradients:
-            ctx.save_for_backward(hidden, weight, labels, log_z)
+                head.add_gradients(part)
+        ctx.form_gradients, ctx.dtype, ctx.chunk_tokens = form_gradients, dtype, chunk_tokens
+        if form_gradients:
+            ctx.gradients = head.to_hidden, head.to_weight
+        else:
+            ctx.save_for_backward(hidden, weight, labels)
         ctx.mark_non_differentiable(is_top1, entropy)
-        return label_logits - log_z, is_top1, entropy
+        return log_probs, is_top1, entropy
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, factors: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """`factors` [N]: of each token's log-probability, how much the loss grows with it."""
         if ctx.form_gradients:
             if ctx.gradients is None:
                 raise RuntimeError("backward() goes through this loss once; its gradients were given out already.")
-            if not torch.equal(factors, factors[:1].expand_as(factors)):
+            if not torch.equal(factors, factors[:1].expand_as(factors)) and factors.isfinite().all():
                 raise RuntimeError("equal_weights=True, but this loss weighs its tokens differently; pass False.")
             (to_hidden, to_weight), ctx.gradients = ctx.gradients, None
             factor = -factors[0] if len(factors) else 0.0
             return to_hidden.mul_(factor), to_weight.mul_(factor), None, None, None, None, None
-        hidden, weight, labels, log_z = ctx.saved_tensors
-        head = Head(hidden, weight, labels, ctx.dtype, with_gradients=True)
-        for part in chunks(len(hidden), ctx.chunk_tokens):
-            probabilities = head.logits(part).float().sub_(log_z[part, None]).exp_()
-            head.add_gradients(part, probabilities, -factors[part, None])
-            del probabilities
-        assert head.gradients is not None
-        return *head.gradients, None, None, None, None, None
+        head = Head(*ctx.saved_tensors, ctx.dtype, ctx.chunk_tokens, with_gradients=True)
+        for part in head.chunks:
+            head.score(part)
+            head.add_gradients(part, -factors[part, None])
+        return head.to_hidden, head.to_weight, None, None, None, None, None
 
 
-def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """total += left @ right, where total is fp32 and the others may be of less precision."""
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
-    elif total.is_cuda:
-        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
-    else:
-        total.add_(left @ right)
+def expected_logits(logits: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
+    """[n] fp32, each token's logits weighed with their probabilities [n, V]; a few rows are copied at a time."""
+    pairs = zip(logits.split(ROWS_AT_ONCE), probabilities.split(ROWS_AT_ONCE), strict=True)
+    return torch.cat([torch.bmm(weights[:, None], rows[:, :, None].float())[:, 0, 0] for rows, weights in pairs])
 
 
 def chunks(num_tokens: int, chunk_tokens: int) -> list[slice]:

@@ -33,8 +33,22 @@ class PreparedDPOTrainer(Guarded, DPOTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        for model in filter(None, (self.model, self.ref_model)):
-            fit_loss_head(model, self.args, equal_weights=False)
+        fit_loss_head(self.model, self.args, equal_weights=False)
+        if self.ref_model is not None:
+            self.fit_reference()
+
+    def fit_reference(self) -> None:
+        """A reference in memory is scored by the head of the policy, and in its precision.
+
+        TRL has wrapped its forward pass already, for autocast or as an engine of DeepSpeed.
+        """
+        if self.is_deepspeed_enabled:
+            fit_loss_head(self.ref_model.module, self.args, equal_weights=False)
+            return
+        reference = self.accelerator.unwrap_model(self.ref_model, keep_torch_compile=False)
+        fit_loss_head(reference, self.args, equal_weights=False)
+        reference._is_accelerate_prepared = False
+        self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
 
     def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Dataset:
         """Called before the trainer is complete; the reference is scored by the head that the policy will be."""

@@ -89,6 +89,10 @@ class StageKeys:
             raise ValueError(
                 "low_memory: true brings its own optimizer; leave muon_learning_rate and optim out of the recipe."
             )
+        if self.load_best_model_at_end:
+            raise ValueError(
+                "low_memory: true cannot load_best_model_at_end: the weights' further byte is the optimizer's."
+            )
         if self.precision == "auto" and not torch.cuda.is_available():
             self.precision = "bf16"
         if self.precision == "fp32":

@@ -1,6 +1,7 @@
 """A model with the chunked loss head learns what a plain one does, in all stages."""
 
 import copy
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -105,6 +106,17 @@ def test_stages_learn_alike_with_the_libraries_own_heads(
     assert losses(ours) == pytest.approx(losses(theirs), abs=1e-3)
     assert losses(ours)[0] == pytest.approx(losses(theirs)[0], abs=1e-5)
     assert gradient_norms(ours)[0] == pytest.approx(gradient_norms(theirs)[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_reference_in_memory_is_scored_as_the_policy_is(
+    programs: Programs, road: Path, tmp_path: Path, precision: str
+) -> None:
+    """Before the first update both are the same model, and the loss is that of a coin's toss."""
+    options = {"precompute_ref_log_probs": "false", "loss_type": "sigmoid", "loss_weights": 1.0, "max_steps": 2}
+    done = programs.run("dpo", arguments("dpo", road, output_dir=tmp_path, precision=precision, **options))
+    assert done.code == 0, done.output[-3000:]
+    assert losses(tmp_path)[0] == pytest.approx(math.log(2), abs=1e-6)
 
 
 def recipe(**keys: object) -> SimpleNamespace:

@@ -38,8 +38,9 @@ def test_processes_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("mini_qwen.threads.available_cores", lambda: 16)
     assert [threads_of_each(number) for number in (1, 3, 16, 40)] == [16, 5, 1, 1]
-    monkeypatch.setenv("OMP_NUM_THREADS", "4")
-    assert threads_of_each(8) == 4
+    for words in ("4", "4,2"):
+        monkeypatch.setenv("OMP_NUM_THREADS", words)
+        assert threads_of_each(8) == 4
 
 
 @pytest.mark.parametrize(("wait", "expected"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7")])
