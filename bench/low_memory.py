@@ -41,8 +41,10 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 from bench.measurement import Work, measure, processor
 from mini_qwen.circumstances import circumstances
 from mini_qwen.low_memory import LowMemoryAdamW, adds_without_bias, widen
-from mini_qwen.rounding import BLOCK, join, round_to_bf16
-from mini_qwen.token_scores import CHUNK_NUMBERS
+from mini_qwen.plan import Machine
+from mini_qwen.plan_recipe import make_run, read_recipe
+from mini_qwen.plan_time import GPUS
+from mini_qwen.rounding import join, round_to_bf16
 
 RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results" / "low_memory.json"
 RATES = (5e-7, 1e-5)
@@ -50,9 +52,7 @@ VOCAB, ROWS, LENGTH = 512, 4, 64
 SUMS = (8, 64, 256, 1024)  # micro-batches
 LARGE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 4}
 LARGE |= {"intermediate_size": 2304, "vocab_size": 16384}
-# The full recipes: recipes/pt.yaml's model, one row of 1,024 tokens; DPO has two, and needs no second model.
-PARAMETERS, HIDDEN, LAYERS, VOCABULARY, TOKENS = 998_810_624, 1024, 48, 151_936, 1024
-LAYER_BYTES = {"bf16": 65_800, "fp16": 76_000}  # of one layer while it is computed anew, a token
+RECIPES = Path("recipes/low_memory")
 
 Optimizer = Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer]
 
@@ -216,24 +216,15 @@ def bytes_each() -> dict[str, dict[str, float]]:
     return found
 
 
-def plan(rows: int, precision: str) -> dict[str, float]:
-    """GB of the 1B model on one GPU when most is there: while the loss head works, behind the first micro-batch.
+def plan(name: str) -> dict[str, float]:
+    """GB of recipes/low_memory/NAME.yaml on one GPU, part by part, as utils/plan.py computes them; none is measured.
 
-    Computed, not measured. Comes on top: CUDA's own memory, about 0.5 GB.
+    Comes on top: CUDA's own memory, about 0.5 GB.
     """
-    tokens, wide = rows * TOKENS, 2 if precision == "bf16" else 4
-    chunk = -(-tokens // -(-tokens * VOCABULARY // CHUNK_NUMBERS["cuda"])) * VOCABULARY
-    parts = {
-        "weights": 2 * PARAMETERS,
-        "their further byte": PARAMETERS,
-        "moments": 2 * PARAMETERS + 8 * PARAMETERS // BLOCK,
-        "gradients": wide * PARAMETERS,
-        "activations": tokens * (LAYERS * HIDDEN * wide + LAYER_BYTES[precision]),
-        "logits of a chunk and their slope": 8 * chunk,
-        "the head's gradient": 4 * VOCABULARY * HIDDEN,
-        "the head in fp16": 2 * VOCABULARY * HIDDEN * (precision == "fp16"),
-    }
-    found = {name: round(size / 1e9, 2) for name, size in parts.items()}
+    machine = Machine(GPUS["RTX4090"])  # which also has bf16; a recipe for fp16 says so itself
+    recipe = read_recipe(str(RECIPES / f"{name}.yaml"), [], model=str(RECIPES / "pt.yaml"))
+    parts = make_run(recipe, machine, tokens=recipe.length, rows=1, loss_head=None).memory(machine)
+    found = {part: round(size / 1e9, 2) for part, size in parts.items() if size}
     return found | {"sum": round(sum(parts.values()) / 1e9, 2)}
 
 
@@ -262,7 +253,7 @@ def main() -> None:
         record["versions"] |= {"torchao": importlib.metadata.version("torchao")}
     record |= {"means": means, "each": each, "sums_of_gradients": sum_gradients(start)}
     record["bytes_a_weight"] = bytes_each()
-    record["1B_computed_gb"] = {"pt, sft": plan(1, "bf16"), "dpo": plan(2, "bf16"), "pt_t4": plan(1, "fp16")}
+    record["1B_computed_gb"] = {name: plan(name) for name in ("pt", "sft", "dpo", "pt_t4")}
     record["seconds"] = round(time.time() - started, 1)
     RESULTS.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print(

@@ -44,7 +44,8 @@ class Run:
     sides: int = 1  # 2: pairs
     epochs: float = 1.0
     max_steps: int = 0  # 0: by epochs
-    half_weights: bool = False  # low_memory: else fp32 weights or masters, and products in bf16 or fp16
+    precision: Literal["auto", "bf16", "fp16"] = "auto"  # as written; auto: bf16 where the GPU has it
+    half_weights: bool = False  # low_memory: else fp32 weights or masters
     alone: bool = False  # the optimizer works on one process only
     masked: bool = False  # SDPA keeps documents, or pads, apart
     checkpointing: bool = False
@@ -52,7 +53,8 @@ class Run:
     reference: Literal["none", "ahead", "each step"] = "none"  # when DPO computes it
 
     def step(self, machine: Machine) -> Step:
-        compute: Compute = "half" if machine.zero or (self.half_weights and machine.gpu.bf16) else "autocast"
+        bf16 = machine.gpu.bf16 and self.precision != "fp16"
+        compute: Compute = "half" if machine.zero or (self.half_weights and bf16) else "autocast"
         head: LossHead = "full" if machine.zero == 3 else self.loss_head  # see why_not_chunked in mini_qwen/levers.py
         kind = (compute, self.accumulation, self.masked, self.checkpointing, head, self.half_weights)
         return Step(self.micro * self.sides, self.length, *kind)

@@ -9,9 +9,10 @@ from typing import Literal
 
 from transformers import Qwen2Config
 
-from mini_qwen.token_scores import CHUNK_NUMBERS
+from mini_qwen.token_scores import CHUNK_NUMBERS, chunks
 
-# autocast: fp32 weights, cast for each product (one process, DDP). half: weights of 2 bytes (DeepSpeed, low_memory).
+# autocast: weights cast for each product: fp32 ones (one process, DDP), low_memory's in fp16. half: weights of 2 bytes
+# that are not (DeepSpeed, low_memory in bf16).
 Compute = Literal["fp32", "autocast", "half"]
 LossHead = Literal["chunked", "full"]
 
@@ -32,7 +33,7 @@ class Step:
     masked: bool = False  # rows hold several documents, or padding: SDPA gets a mask
     checkpointing: bool = False  # activation_checkpointing
     loss_head: LossHead = "chunked"
-    half_weights: bool = False  # low_memory: 2 bytes, though a GPU without bf16 casts them for each product
+    half_weights: bool = False  # low_memory: 2 bytes, though in fp16 they are cast for each product
     chunk_numbers: int = CHUNK_NUMBERS["cuda"]  # in the logits that exist at a time
 
     @property
@@ -46,8 +47,12 @@ class Step:
 
     @property
     def weight_width(self) -> int:
-        """Bytes of a weight, and of its gradient."""
         return 2 if self.half_weights or self.compute == "half" else 4
+
+    @property
+    def gradient_width(self) -> int:
+        """Bytes of a weight's gradient: those of `low_memory` in fp16 are fp32."""
+        return 2 if self.compute == "half" else 4
 
     @property
     def stream_width(self) -> int:
@@ -131,8 +136,21 @@ def head_bytes(config: Qwen2Config, step: Step) -> int:
     hidden = step.tokens * config.hidden_size
     if step.loss_head == "full":
         return max(12 * logits, 4 * logits + matrix) + step.width * hidden
-    chunks = -(-logits // step.chunk_numbers)
-    return (step.width + 4) * (logits // chunks) + matrix + (3 * step.stream_width + step.width) * hidden
+    chunk = chunks(step.tokens, max(1, step.chunk_numbers // config.vocab_size))[0].stop * config.vocab_size
+    return (step.width + 4) * chunk + matrix + (3 * step.stream_width + step.width) * hidden
+
+
+def cast_bytes(config: Qwen2Config, step: Step) -> int:
+    """Bytes of weights that autocast has cast for their products.
+
+    Of all weights, for autocast keeps casts of fp32 weights until the forward pass ends, and autograd those of any.
+    With checkpointing 2-byte weights have neither: then those of the head, and of one layer at a time.
+    """
+    if step.compute != "autocast":
+        return 0
+    if step.half_weights and step.checkpointing:
+        return 2 * (layer_matrices(config) // config.num_hidden_layers + config.vocab_size * config.hidden_size)
+    return 2 * product_weights(config)
 
 
 def layer_moment_bytes(config: Qwen2Config, step: Step) -> int:
@@ -164,12 +182,12 @@ def memory(config: Qwen2Config, step: Step, state_bytes: int, zero: int = 0, gpu
     parameters = count_parameters(config)
     width = step.weight_width
     masters = 4 * parameters if zero else 0
-    gradients = width * parameters // (gpus if zero >= 2 else 1)
+    gradients = step.gradient_width * parameters // (gpus if zero >= 2 else 1)
     buckets = BUCKET_ELEMENTS * width if zero else 4 * parameters * (gpus > 1)
     gathered = width * min(parameters, LIVE_PARAMETERS) if zero == 3 else 0
     backward = {
         "weights": width * parameters // (gpus if zero == 3 else 1),
-        "weights cast to 2 bytes": 2 * product_weights(config) if step.compute == "autocast" else 0,
+        "weights cast to 2 bytes": cast_bytes(config, step),
         "gradients": gradients if step.accumulation > 1 else 0,
         "optimizer": (state_bytes + masters) // (gpus if zero else 1),
         "activations": activation_bytes(config, step),

@@ -132,6 +132,7 @@ def make_run(recipe: Recipe, machine: Machine, tokens: int | None, rows: int | N
         sides=2 if recipe.stage == "dpo" else 1,
         epochs=training.num_train_epochs,
         max_steps=max(0, training.max_steps),
+        precision=precision,
         half_weights=training.low_memory,
         alone=bool(training.low_memory or training.muon_learning_rate),
         # Documents of a block are kept apart, and pairs are filled up with pads. Flash attention needs no mask for it.

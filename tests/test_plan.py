@@ -150,10 +150,10 @@ def test_bytes_worked_out_by_hand() -> None:
     step = Step(rows=1, length=3, compute="fp32", chunk_numbers=20)
     assert layer_bytes(config, step) == token
     assert activation_bytes(config, step) == 3 * (token + 4 * 9)
-    # Full: three fp32 copies of 3 x 10 logits, and the head's input. Chunked, 15 logits at a time: logits,
-    # probabilities and those of the chunk before; the head's gradient; four copies of 3 x 4 numbers.
+    # Full: three fp32 copies of 3 x 10 logits, and the head's input. Chunked, 2 tokens at a time: their logits and
+    # probabilities; the head's gradient; four copies of 3 x 4 numbers.
     assert head_bytes(config, replace(step, loss_head="full")) == 3 * 4 * 30 + 4 * 12
-    assert head_bytes(config, step) == 12 * 15 + 4 * 40 + 16 * 12
+    assert head_bytes(config, step) == 8 * 20 + 4 * 40 + 16 * 12
     assert head_bytes(config, replace(step, chunk_numbers=30)) == 8 * 30 + 4 * 40 + 16 * 12
 
 
@@ -173,14 +173,18 @@ def test_zero_shares_what_it_says() -> None:
 
 
 def test_low_memory_is_seven_bytes_a_weight() -> None:
-    """On a T4 its weights are cast for each product, and the stream between layers is fp32."""
+    """Nine in fp16, whose gradients are fp32; weights are cast for each product, and the stream is fp32."""
     weights = count_parameters(FULL)
     run = replace(SEED, half_weights=True, state_bytes=3 * weights, micro=1, accumulation=192)
-    parts = [run.memory(Machine(GPUS[name])) for name in ("H100", "T4")]
-    for each in parts:
-        assert each["weights"] + each["gradients"] + each["optimizer"] == 7 * weights
-    assert [each["weights cast to 2 bytes"] for each in parts] == [0, 2 * 998_637_568]
-    assert parts[1]["activations"] > parts[0]["activations"]
+    bf16, fp16 = (run.memory(Machine(GPUS[name])) for name in ("H100", "T4"))
+    for parts, width in ((bf16, 7), (fp16, 9)):
+        assert parts["weights"] + parts["gradients"] + parts["optimizer"] == width * weights
+    assert [parts["weights cast to 2 bytes"] for parts in (bf16, fp16)] == [0, 2 * 998_637_568]
+    assert fp16["activations"] > bf16["activations"]
+    assert replace(run, precision="fp16").memory(Machine(GPUS["H100"])) == fp16
+    spared = replace(run, checkpointing=True).memory(Machine(GPUS["T4"]))
+    layer = 2 * 1024 * 1024 + 2 * 1024 * 256 + 3 * 1024 * 4864
+    assert spared["weights cast to 2 bytes"] == 2 * (layer + 151_936 * 1024)
 
 
 def test_more_work_never_needs_less() -> None:
