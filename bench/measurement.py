@@ -26,6 +26,9 @@ Work = Callable[[], Facts]
 Variant = Callable[..., Work]
 
 SAMPLE_SECONDS = 0.02
+# Threads that wait do so asleep: else one other program on the machine can make any variant many times slower. Read by
+# libgomp in the processes that are started here.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def alternate(variants: dict[str, Variant], rounds: int, folder: Path, **shared: Any) -> dict[str, list[Facts]]:

@@ -112,7 +112,7 @@ def describe_threads() -> Lever:
         else f"{cores} cores for this run's processes"
     )
     if busy > cores / 2:
-        why += f"; {busy:.1f} of them busy as it starts: with other work beside it, {VARIABLE}=1 can be far faster"
+        why += f"; {busy:.1f} of them busy lately: beside other programs {VARIABLE}=1 can be many times faster"
     return Lever("threads", torch.get_num_threads(), why)
 
 

@@ -1,15 +1,11 @@
 """Threads: as many as there are cores for them, shared by the processes, unless the user says otherwise."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from mini_qwen.threads import available_cores, threads_of_each
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize(
@@ -41,17 +37,3 @@ def test_processes_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     for words in ("4", "4,2"):
         monkeypatch.setenv("OMP_NUM_THREADS", words)
         assert threads_of_each(8) == 4
-
-
-@pytest.mark.parametrize(("wait", "expected"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7")])
-def test_threads_wait_asleep_unless_told_otherwise(wait: dict[str, str], expected: str) -> None:
-    """Set before torch is loaded, which reads it then."""
-    code = "import os, sys, mini_qwen; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
-    clean = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=ROOT, env=clean | wait, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [expected, "False"]
-    done = subprocess.run(
-        command, cwd=ROOT, env=clean | {"OMP_WAIT_POLICY": "active"}, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.split() == ["None", "False"]
