@@ -32,7 +32,8 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 from bench.measurement import Facts, Work, measure, processor
 from mini_qwen.circumstances import circumstances
 from mini_qwen.loss_head import add_loss_head
-from mini_qwen.plan_memory import Compute, LossHead, Step, activation_bytes, count_parameters, layer_matrices, memory
+from mini_qwen.plan_memory import Compute, LossHead, Step, activation_bytes, memory
+from mini_qwen.plan_parameters import count_parameters, layer_matrices
 from mini_qwen.token_scores import CHUNK_NUMBERS
 
 RESULT = Path(__file__).parent / "results/plan.json"

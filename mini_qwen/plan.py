@@ -10,7 +10,8 @@ from typing import Literal, NamedTuple
 
 from transformers import Qwen2Config
 
-from mini_qwen.plan_memory import Compute, LossHead, Step, count_parameters, memory
+from mini_qwen.plan_memory import Compute, LossHead, Step, memory
+from mini_qwen.plan_parameters import count_parameters
 from mini_qwen.plan_time import GPU, Network, communication_seconds, flops_per_token, num_steps
 
 # Assumed, not measured: CUDA's context with its libraries, and memory that the allocator holds but cannot give.

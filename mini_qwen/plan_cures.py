@@ -7,7 +7,7 @@ from typing import NamedTuple
 from transformers import Qwen2Config
 
 from mini_qwen.plan import MOST_GPUS, Machine, Run
-from mini_qwen.plan_memory import count_parameters
+from mini_qwen.plan_parameters import count_parameters
 
 CHECKPOINTING = "activation_checkpointing: true"
 

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from transformers import Qwen2Config
 
-from mini_qwen.plan_memory import BUCKET_ELEMENTS, count_parameters, product_weights, widths
+from mini_qwen.plan_memory import BUCKET_ELEMENTS
+from mini_qwen.plan_parameters import count_parameters, product_weights, widths
 
 
 class GPU(NamedTuple):

@@ -18,7 +18,8 @@ from trl.trainer.utils import compute_flops_per_token
 from mini_qwen.disk import OTHER_FILES
 from mini_qwen.plan import Machine, Run, sweep
 from mini_qwen.plan_cures import cures
-from mini_qwen.plan_memory import Compute, Step, activation_bytes, count_parameters, head_bytes, layer_bytes, memory
+from mini_qwen.plan_memory import Compute, Step, activation_bytes, head_bytes, layer_bytes, memory
+from mini_qwen.plan_parameters import count_parameters
 from mini_qwen.plan_time import GPUS, Network, communication_seconds, flops_per_token, num_steps
 from utils.plan import main
 

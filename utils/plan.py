@@ -19,7 +19,7 @@ from tabulate import tabulate
 from mini_qwen.disk import gigabytes
 from mini_qwen.plan import CONTEXT_BYTES, FRAGMENTATION, Machine, Run, sweep
 from mini_qwen.plan_cures import cures
-from mini_qwen.plan_memory import count_parameters
+from mini_qwen.plan_parameters import count_parameters
 from mini_qwen.plan_recipe import Recipe, disk_bytes, make_run, read_recipe
 from mini_qwen.plan_time import GPUS, Network, flops_per_token
 
