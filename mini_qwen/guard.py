@@ -132,8 +132,9 @@ class Guarded:
             shutil.rmtree(self.aside, ignore_errors=True)
             raise full or error from error
         finally:
-            with contextlib.suppress(OSError):  # not empty, or another process has just done so
-                self.aside.rmdir()
+            if self.is_world_process_zero():  # another would take it away while the first begins to write into it
+                with contextlib.suppress(OSError):  # not empty
+                    self.aside.rmdir()
             self.aside = None
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:

@@ -70,12 +70,11 @@ def list_levers(trainer: Trainer) -> list[Lever]:
         by_length = args.train_sampling_strategy == "group_by_length"
         why = "a batch's pairs are of like length" if by_length else "pairs are filled up to the batch's longest"
         levers.append(Lever("train_sampling_strategy", args.train_sampling_strategy, why))
+    precision = "the recipe says so" if "precision" in args.written else AUTOMATIC_PRECISION
     compiled = "slow at its first steps" if args.torch_compile else "takes a minute or more before the first step"
     why = "memory for time" if args.activation_checkpointing else "1.3 times the time where memory allows it off"
     levers += [
-        Lever(
-            "precision", args.precision, "the recipe says so" if "precision" in args.written else AUTOMATIC_PRECISION
-        ),
+        Lever("precision", args.precision, precision),
         Lever("torch_compile", args.torch_compile, compiled),
         Lever("activation_checkpointing", bool(args.activation_checkpointing), why),
         describe_optimizer(trainer),
@@ -97,7 +96,8 @@ def describe_attention(model: PreTrainedModel, on_gpu: bool) -> Lever:
 def describe_optimizer(trainer: Trainer) -> Lever:
     """Before the Trainer has made its own, `optim` is what it will make."""
     if trainer.args.low_memory:
-        return Lever("low_memory", "AdamW in 7 bytes a weight, gradients included", "the recipe says so")
+        each = 9 if trainer.args.precision == "fp16" else 7
+        return Lever("low_memory", f"AdamW in {each} bytes a weight, gradients included", "the recipe says so")
     if trainer.args.muon_learning_rate is not None:
         return Lever("muon_learning_rate", "Muon and AdamW", "fewer steps to the same loss")
     name = getattr(trainer.args.optim, "value", trainer.args.optim)
@@ -106,11 +106,7 @@ def describe_optimizer(trainer: Trainer) -> Lever:
 
 def describe_threads() -> Lever:
     cores, busy = available_cores(), os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    why = (
-        f"{VARIABLE}, set by you or the launcher"
-        if os.environ.get(VARIABLE)
-        else f"{cores} cores for this run's processes"
-    )
+    why = f"{VARIABLE}, set by you or the launcher" if os.environ.get(VARIABLE) else f"{cores} cores for this run"
     if busy > cores / 2:
         why += f"; {busy:.1f} of them busy lately: beside other programs {VARIABLE}=1 can be many times faster"
     return Lever("threads", torch.get_num_threads(), why)

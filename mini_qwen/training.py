@@ -41,7 +41,7 @@ class StageKeys:
     needs_gpu: bool = False  # refuse to start on a machine without a GPU
     precision: Precision = "auto"
     loss_head: LossHead = "auto"  # chunked: ours; library: the full logits in PT, TRL's own head in SFT and DPO
-    low_memory: bool = False  # 7 bytes a weight in place of 16, on one process: see mini_qwen/low_memory.py
+    low_memory: bool = False  # 7 bytes a weight (fp16: 9) in place of 16, on one process: see mini_qwen/low_memory.py
     muon_learning_rate: float | None = None  # set: Muon for the matrices at this rate, AdamW for all else
     prepare_only: bool = False  # prepare the data, print the counts, and leave
     resume_from_checkpoint: bool | str | None = None  # a checkpoint folder; true: the newest one; auto: or none
