@@ -71,11 +71,8 @@ def use(source: Path, place: Path, number: int | None = None) -> Facts:
 
 
 def measure_stage(variants: dict[str, Variant], folder: Path, rounds: int, **shared: object) -> Facts:
-    return summary(alternate(variants, rounds, folder, **shared))
-
-
-def summary(measured: dict[str, list[Facts]]) -> Facts:
     """Medians of each variant, and how many times faster "ours" is than each other, and its share of their memory."""
+    measured = alternate(variants, rounds, folder, **shared)
     middle = medians(measured)
     ours = middle["ours"]
     ratios = {

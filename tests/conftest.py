@@ -73,6 +73,14 @@ MakeBlocks = Callable[..., Blocks]
 WriteRows = Callable[[str, list[Any]], Path]
 
 
+def saved_and_loaded(state: dict[str, Any]) -> dict[str, Any]:
+    """As through a checkpoint's optimizer.pt."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
 def toy_texts() -> list[str]:
     """Forty sentences, half of them Chinese."""
     return [

@@ -1,7 +1,6 @@
 """mini_qwen/low_memory.py and rounding.py: right on average, no update lost, the same after a resume."""
 
 import copy
-import io
 import json
 import math
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MakeModel
+from conftest import MakeModel, saved_and_loaded
 from hypothesis import given
 from hypothesis import strategies as st
 from programs import ROOT, STAGES, Programs, arguments, gradient_norms, losses, same_weights
@@ -336,14 +335,6 @@ def test_fp16_gradients_of_the_chunked_head_are_the_plain_ones(
 
 
 # Resuming
-
-
-def saved_and_loaded(state: dict[str, Any]) -> dict[str, Any]:
-    """As through a checkpoint's optimizer.pt."""
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def test_a_loaded_state_goes_on_bit_for_bit(tiny_model: MakeModel, tmp_path: Path) -> None:

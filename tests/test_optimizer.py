@@ -1,13 +1,11 @@
 """mini_qwen/optimizer.py: exactly Muon on the matrices and AdamW on the rest, scheduled and saved as one."""
 
 import copy
-import io
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from conftest import MakeModel
+from conftest import MakeModel, saved_and_loaded
 from transformers import PreTrainedModel
 
 from mini_qwen.optimizer import MuonWithAdamW, make_optimizer
@@ -86,14 +84,6 @@ def test_updates_are_muons_and_adamws_own(tiny_model: MakeModel, tmp_path: Path)
     expected = weights_of(twin)
     for name, weight in weights_of(model).items():
         assert torch.equal(weight, expected[name]), name
-
-
-def saved_and_loaded(state: dict[str, Any]) -> dict[str, Any]:
-    """As through a checkpoint's optimizer.pt."""
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def test_a_loaded_state_goes_on_bit_for_bit(tiny_model: MakeModel, tmp_path: Path) -> None:
