@@ -1,17 +1,18 @@
 """Score checkpoints side by side, or talk to one.
 
-    python mini_qwen_eval.py --checkpoints results/pt results/sft results/dpo     # the recipe's parts, one table
+    python mini_qwen_eval.py --checkpoints results/pt results/sft results/dpo     # the recipe's parts, one report
     python mini_qwen_eval.py --config recipes/demo/eval.yaml                      # after the demo
+    python mini_qwen_eval.py --parts prompts decoding --prompts my_questions.txt  # some parts, your own questions
     python mini_qwen_eval.py --chat results/dpo                                   # in the terminal
 
 A checkpoint of the PT stage continues raw text, later ones answer in the chat template: config.json says which it is.
+Finished parts are kept in output_dir/parts: a run that was stopped goes on, and nothing is measured twice.
 
 Reads:  checkpoint folders, and the held-out files that the recipe names.
-Writes: output_dir, with results.md, results.json and training_loss.png.
+Writes: output_dir, with report.md, report.html (one file, opens anywhere), results.json and the pictures as PNG.
 """
 
 import time
-from pathlib import Path
 
 from transformers.utils import logging
 
@@ -30,12 +31,12 @@ def main(argv: list[str] | None = None) -> None:
 
     if args.chat is not None:
         model, tokenizer = load_checkpoint(args.chat)
-        talk(model, tokenizer, args.max_new_tokens, args.temperature, args.top_p, args.repetition_penalty)
+        talk(model, tokenizer, args.max_new_tokens, args.chat_sampling(), args.seed)
         return
 
     started = time.time()
     records = evaluate(args)
-    print(write_report(Path(args.output_dir), args.prompts, records, circumstances(started)))
+    print(write_report(args, records, circumstances(started)))
 
 
 if __name__ == "__main__":

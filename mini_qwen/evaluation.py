@@ -1,70 +1,65 @@
-"""Checkpoints side by side: the same documents, questions, pairs and prompts for each, one row of figures each."""
+"""Checkpoints side by side: the same documents, questions, pairs and prompts for each, one record of figures each."""
 
 import gc
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mini_qwen.chat import TokenRow
-from mini_qwen.encoding import encode_text
+from mini_qwen.choices import check_choices, score_choices
+from mini_qwen.classification import score_classification
+from mini_qwen.comparison import Limits
+from mini_qwen.decoding import DecodingGrid, run_grid
+from mini_qwen.exams import ChoiceTask
 from mini_qwen.files import find_files
-from mini_qwen.generation import Answer, encode_prompt, generate, speaks_chat
-from mini_qwen.ledger import Ledger
-from mini_qwen.metrics import Unigram, bits_per_byte, exact_match, perplexity, repetition_rate, standard_error
+from mini_qwen.generation import ask
+from mini_qwen.held_out import score_documents
+from mini_qwen.manners import manners
 from mini_qwen.model import check_checkpoint
-from mini_qwen.preferences import read_preferences
-from mini_qwen.report import training_facts
-from mini_qwen.rows import check_columns, read_rows
-from mini_qwen.schemas import PAIR_COLUMNS, PAIRS, join_rated
-from mini_qwen.scoring import score_rows
-from mini_qwen.tokenizer import count_bytes, load_tokenizer
+from mini_qwen.pairs import score_preferences
+from mini_qwen.passages import ClassificationTask, check_classification
+from mini_qwen.prompts import read_prompts
+from mini_qwen.questions import read_questions, score_questions
+from mini_qwen.rows import check_columns
+from mini_qwen.sampling import Sampling
+from mini_qwen.schemas import PAIRS
+from mini_qwen.study import Loaded, Part, Study
+from mini_qwen.tokenizer import load_tokenizer
 from mini_qwen.training import choose_precision
 
 
 @dataclass
 class EvalData:
-    """Recipe keys of the evaluation. Each part is left out when its files are not named."""
+    """Recipe keys of the evaluation. A part is left out when its files are not named, or `parts` does not name it."""
 
     checkpoints: list[str]
     output_dir: str = "results/eval"
-    documents: list[str] = field(default_factory=list)  # held-out rows {"text"}: bits per byte, perplexity
+    parts: list[str] | None = None  # of documents, questions, preferences, choices, classification, prompts, decoding
+    documents: list[str] = field(default_factory=list)  # held-out rows {"text"}: loss, bits per byte
     unigram_documents: list[str] = field(default_factory=list)  # training rows {"text"}: the unigram to beat
-    questions: list[str] = field(default_factory=list)  # rows {"question", "answer", "group"}: exact match
+    questions: list[str] = field(default_factory=list)  # rows {"question", "answer", "group"}: exact match, ROUGE-L
     preferences: list[str] = field(default_factory=list)  # held-out DPO rows: accuracy and margin
-    prompts: list[str] = field(default_factory=list)  # answered by all checkpoints, side by side
+    choices: dict[str, ChoiceTask] = field(default_factory=dict)  # multiple choice, scored through lm-eval
+    classification: dict[str, ClassificationTask] = field(default_factory=dict)
+    prompts: list[str] = field(default_factory=list)  # texts, or files of them, answered by all checkpoints
+    decoding: DecodingGrid | None = None  # the prompts again, at many settings
+    limits: Limits = field(default_factory=Limits)  # what makes a stage worse than its parent
     max_new_tokens: int = 128
-    max_length: int = 1024  # tokens of a document or a pair that are scored
+    max_length: int = 1024  # tokens of a document, a pair, or a prompt with its options
     batch_size: int = 64
+    seed: int = 0
     chat: str | None = None  # a checkpoint to talk to in the terminal instead
     temperature: float = 0.7  # for chat; measuring takes the most likely token
     top_p: float = 0.8
     repetition_penalty: float = 1.1
 
-
-@dataclass
-class Questions:
-    texts: list[str]
-    answers: list[str]
-    groups: list[str]
-
-    @classmethod
-    def read(cls, paths: list[str]) -> "Questions":
-        rows = list(read_rows(find_files(paths), ["question", "answer", "group"]))
-        for row in rows:
-            for name in ("question", "answer"):
-                if not isinstance(row.values.get(name), str):
-                    raise SystemExit(f"{row.place}: '{name}' is {row.values.get(name)!r}, but must be text.")
-        values = [row.values for row in rows]
-        groups = [row.get("group") or "all" for row in values]
-        return cls([row["question"] for row in values], [row["answer"] for row in values], groups)
+    def chat_sampling(self) -> Sampling:
+        return Sampling(self.temperature, self.top_p, repetition_penalty=self.repetition_penalty)
 
 
-def load_checkpoint(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_checkpoint(path: str) -> Loaded:
     """Model and tokenizer, on the GPU if there is one.
 
     A checkpoint of another project does not say its stage; it counts as fine-tuned if it brings a chat template.
@@ -79,122 +74,104 @@ def load_checkpoint(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), load_tokenizer(path)
 
 
-def document_tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int) -> list[TokenRow]:
-    """Documents as in pretraining, with their end token; longer ones lose their end."""
-    end = np.uint32(tokenizer.eos_token_id)
-    return [TokenRow(np.append(ids, end)[:max_length]) for ids in encode_text(tokenizer, texts)]
+def make_parts(args: EvalData) -> list[Part]:
+    """The parts that the recipe asks for, its inputs checked before any model is loaded.
 
-
-def read_texts(paths: list[str]) -> list[str]:
-    files = find_files(paths)
-    return [row.values["text"] for row in read_rows(files, ["text"]) if row.values.get("text")]
-
-
-def score_documents(args: EvalData, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
-    """Bits per byte and perplexity of held-out documents, and of a unigram model of the same tokens.
-
-    The first token of a document has nothing before it: neither its bits nor its bytes count.
+    Raises SystemExit for a checkpoint or a file that cannot be used, and for a part that is not known.
     """
-    rows = document_tokens(tokenizer, read_texts(args.documents), args.max_length)
-    scores = score_rows(model, rows, "documents")
-    total, count = sum(score.sum_log_prob for score in scores), sum(score.num_tokens for score in scores)
-    num_bytes = sum(count_bytes(tokenizer, row.ids[1:]) for row in rows)
-    figures = {"bits_per_byte": bits_per_byte(total, num_bytes), "perplexity": perplexity(total, count)}
-    if args.unigram_documents:
-        training_rows = document_tokens(tokenizer, read_texts(args.unigram_documents), args.max_length)
-        unigram = Unigram((row.ids.tolist() for row in training_rows), len(tokenizer))
-        total = sum(unigram.sum_log_prob(row.ids[1:].tolist()) for row in rows)
-        figures["unigram_bits_per_byte"] = bits_per_byte(total, num_bytes)
-    return figures | {"scored_tokens": count}
-
-
-def ask(
-    args: EvalData, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], desc: str
-) -> list[Answer]:
-    """Answers to single questions, in the checkpoint's own manner: chat template or raw continuation."""
-    chat = speaks_chat(model)
-    prompts = [encode_prompt(tokenizer, [{"role": "user", "content": text}], chat) for text in texts]
-    return generate(model, tokenizer, prompts, args.max_new_tokens, args.batch_size, desc)
-
-
-def score_questions(args: EvalData, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
-    """Exact match in each group of questions, with its standard error; how many answers stop, how much they repeat."""
-    questions = Questions.read(args.questions)
-    answers = ask(args, model, tokenizer, questions.texts, "questions")
-    figures = {}
-    for group in sorted(set(questions.groups)):
-        chosen = [index for index, name in enumerate(questions.groups) if name == group]
-        right = [questions.answers[index] for index in chosen]
-        accuracy = exact_match([answers[index].text for index in chosen], right)
-        figures |= {f"accuracy_{group}": accuracy, f"standard_error_{group}": standard_error(accuracy, len(chosen))}
-    return figures | manners(answers)
-
-
-def manners(answers: list[Answer]) -> dict[str, float]:
-    """How many answers stop by themselves, and the mean share of their 4-grams that occur more than once."""
-    return {
-        "stop_rate": fmean(answer.stopped for answer in answers),
-        "repetition_4gram": fmean(repetition_rate(answer.ids) for answer in answers),
-    }
-
-
-def score_preferences(args: EvalData, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
-    """Share of held-out pairs whose chosen answer has the higher log-probability, and the mean margin in nats."""
-    ledger = Ledger()
-    rows = join_rated(read_rows(find_files(args.preferences), PAIR_COLUMNS))
-    pairs = list(read_preferences(rows, tokenizer, args.max_length, ledger))
-    ledger.check(max_drop_share=1.0)
-    print(f"preferences: {ledger.rows_kept:,} of {ledger.rows_read:,} pairs scored {dict(ledger.rows_dropped) or ''}")
-    sides = [pair.side(answer) for answer in ("chosen_ids", "rejected_ids") for pair in pairs]
-    scores = score_rows(model, sides, "preferences")
-    margins = [
-        chosen.sum_log_prob - rejected.sum_log_prob
-        for chosen, rejected in zip(scores[: len(pairs)], scores[len(pairs) :], strict=True)
-    ]
-    return {"preference_accuracy": fmean(margin > 0 for margin in margins), "preference_margin": fmean(margins)}
-
-
-def evaluate(args: EvalData) -> list[dict[str, Any]]:
-    """One record for each checkpoint: where it comes from, its figures, its answers to the prompts."""
-    check_inputs(args)
-    records = []
-    for checkpoint in args.checkpoints:
-        print(f"evaluating {checkpoint}")
-        model, tokenizer = load_checkpoint(checkpoint)
-        figures: dict[str, float] = {}
-        for wanted, score in [
-            (args.documents, score_documents),
-            (args.questions, score_questions),
-            (args.preferences, score_preferences),
-        ]:
-            if wanted:
-                figures |= score(args, model, tokenizer)
-        answers = ask(args, model, tokenizer, args.prompts, "prompts") if args.prompts else []
-        if answers and not args.questions:
-            figures |= manners(answers)
-        records.append(
-            {
-                "checkpoint": checkpoint,
-                "stage": model.config.training_stage,
-                "parameters": model.num_parameters(),
-                **training_facts(Path(checkpoint)),
-                **figures,
-                "answers": [answer.text for answer in answers],
-            }
-        )
-        del model
-        gc.collect()
-    return records
-
-
-def check_inputs(args: EvalData) -> None:
-    """Refuse checkpoints and files that cannot be used before the first model is loaded."""
     for checkpoint in args.checkpoints:
         check_checkpoint(checkpoint)
-    for paths, choices in [
+    for paths, columns in [
         (args.documents, [["text"]]),
         (args.unigram_documents, [["text"]]),
         (args.questions, [["question", "answer"]]),
         (args.preferences, PAIRS),
     ]:
-        check_columns(find_files(paths), choices)
+        check_columns(find_files(paths), columns)
+    check_choices(args.choices)
+    check_classification(args.classification)
+    questions = read_questions(args.questions) if args.questions else []
+    prompts = read_prompts(args.prompts)
+    choice_files = [path for task in args.choices.values() for path in (*task.questions, *task.shots)]
+    class_files = [path for task in args.classification.values() for path in task.files]
+    length, answer, batch = args.max_length, args.max_new_tokens, args.batch_size
+    if args.decoding is not None:
+        args.decoding.settings()
+
+    def answer_prompts(*loaded: Any) -> dict[str, Any]:
+        answers = ask(*loaded, prompts, answer, batch, "prompts")
+        own = manners(answers)
+        return {"answers": [given.text for given in answers], "prompt_manners": own}
+
+    parts = [
+        Part(
+            "documents",
+            [args.documents, args.unigram_documents, length],
+            args.documents + args.unigram_documents if args.documents else [],
+            lambda *loaded: score_documents(*loaded, args.documents, args.unigram_documents, length),
+        ),
+        Part(
+            "questions",
+            [args.questions, answer],
+            args.questions,
+            lambda *loaded: score_questions(*loaded, questions, answer, batch),
+        ),
+        Part(
+            "preferences",
+            [args.preferences, length],
+            args.preferences,
+            lambda *loaded: score_preferences(*loaded, args.preferences, length),
+        ),
+        Part(
+            "choices",
+            [{name: asdict(task) for name, task in args.choices.items()}, length],
+            choice_files,
+            lambda *loaded: {"choices": score_choices(*loaded, args.choices, length, batch)},
+        ),
+        Part(
+            "classification",
+            [{name: asdict(task) for name, task in args.classification.items()}, length, args.seed],
+            class_files,
+            lambda *loaded: {
+                "classification": score_classification(*loaded, args.classification, length, batch, args.seed)
+            },
+        ),
+        Part("prompts", [prompts, answer], [], answer_prompts),
+        Part(
+            "decoding",
+            [prompts, asdict(args.decoding) if args.decoding else None],
+            [],
+            lambda *loaded: {"decoding": run_grid(*loaded, prompts, args.decoding, batch)},
+        ),
+    ]
+    wanted = {part.name for part in parts if part.files}
+    wanted |= {"prompts"} if prompts else set()
+    wanted |= {"decoding"} if prompts and args.decoding is not None else set()
+    return choose_parts(parts, wanted, args.parts)
+
+
+def choose_parts(parts: list[Part], possible: set[str], named: list[str] | None) -> list[Part]:
+    known = [part.name for part in parts]
+    for name in named or []:
+        if name not in known:
+            raise SystemExit(f"There is no part '{name}' of an evaluation. There are {', '.join(known)}.")
+        if name not in possible:
+            raise SystemExit(f"The part '{name}' is asked for, but the recipe names nothing to measure it with.")
+    return [part for part in parts if part.name in possible and (named is None or part.name in named)]
+
+
+def evaluate(args: EvalData) -> list[dict[str, Any]]:
+    """One record for each checkpoint: its stage and size, its figures, its answers to the prompts."""
+    parts = make_parts(args)
+    study = Study(Path(args.output_dir))
+    records = []
+    for checkpoint in args.checkpoints:
+        print(f"evaluating {checkpoint}")
+        figures = study.measure(checkpoint, [Part("model", None, [], describe), *parts], load_checkpoint)
+        records.append({"checkpoint": checkpoint} | figures)
+        gc.collect()
+    return records
+
+
+def describe(model: Any, _: Any) -> dict[str, Any]:
+    return {"stage": model.config.training_stage, "parameters": model.num_parameters()}

@@ -5,11 +5,23 @@ from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from mini_qwen.chat import encode_chat
 from mini_qwen.encoding import encode_text
+from mini_qwen.sampling import Sampling
 from mini_qwen.schemas import Turn
+
+GREEDY = Sampling()
+# A checkpoint's generation_config.json may ask for sampling of its own; what is measured is decided here alone.
+NOTHING_FROM_THE_CHECKPOINT = {
+    "do_sample": False,
+    "temperature": None,
+    "top_p": None,
+    "top_k": None,
+    "repetition_penalty": 1.0,
+    "use_cache": True,
+}
 
 
 class Answer(NamedTuple):
@@ -45,28 +57,69 @@ def generate(
     max_new_tokens: int,
     batch_size: int = 64,
     desc: str = "generating",
+    sampling: Sampling = GREEDY,
+    seeds: Sequence[int] | None = None,
 ) -> list[Answer]:
-    """Continue each prompt with the most likely tokens, until `<|im_end|>` or `max_new_tokens`.
+    """Continue each prompt until `<|im_end|>` or `max_new_tokens`.
 
-    Prompts of like length share a batch, filled up on the left; answers come back in the order of the prompts.
+    Prompts of like length share a batch, filled up on the left; answers come back in the order of the prompts. In fp32
+    they do not depend on the batch size, drawn ones included: what is drawn for a prompt is decided by its seed alone.
+
+    Args:
+        sampling: how tokens are chosen; the most likely one when nothing is said.
+        seeds: one for each prompt. Without them the n-th prompt has seed n.
     """
+    seeds = range(len(prompts)) if seeds is None else seeds
     answers: dict[int, Answer] = {}
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    for start in tqdm(range(0, len(order), batch_size), desc=desc, unit="batches"):
+    for start in tqdm(range(0, len(order), batch_size), desc=desc, unit="batches", leave=False):
         chosen = order[start : start + batch_size]
         batch = tokenizer.pad({"input_ids": [prompts[index] for index in chosen]}, return_tensors="pt")
-        output = model.generate(
-            **batch.to(model.device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            repetition_penalty=1.0,
-            use_cache=True,
-        )
-        for index, ids in zip(chosen, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
+        steps = sampling.processors([seeds[index] for index in chosen], max_new_tokens, tokenizer.pad_token_id)
+        output = continue_batch(model, batch["input_ids"], batch["attention_mask"], max_new_tokens, sampling, steps)
+        for index, ids in zip(chosen, output.tolist(), strict=True):
             stopped = tokenizer.eos_token_id in ids
             ids = ids[: ids.index(tokenizer.eos_token_id)] if stopped else ids
             answers[index] = Answer(tokenizer.decode(ids), ids, stopped)
     return [answers[index] for index in range(len(prompts))]
+
+
+def continue_batch(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    max_new_tokens: int,
+    sampling: Sampling,
+    steps: LogitsProcessorList,
+    streamer: TextStreamer | None = None,
+) -> torch.Tensor:
+    """The new tokens of each row, [B, <= max_new_tokens]; rows that have ended go on with pads."""
+    output = model.generate(
+        input_ids.to(model.device),
+        attention_mask=attention_mask.to(model.device),
+        logits_processor=steps,
+        max_new_tokens=max_new_tokens,
+        num_beams=sampling.num_beams,
+        streamer=streamer,
+        **NOTHING_FROM_THE_CHECKPOINT,
+    )
+    return output[:, input_ids.shape[1] :]
+
+
+def ask(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    max_new_tokens: int,
+    batch_size: int,
+    desc: str,
+    sampling: Sampling = GREEDY,
+    seeds: Sequence[int] | None = None,
+) -> list[Answer]:
+    """Answers to single questions, in the checkpoint's own manner: chat template or raw continuation."""
+    chat = speaks_chat(model)
+    prompts = [encode_prompt(tokenizer, [{"role": "user", "content": text}], chat) for text in texts]
+    return generate(model, tokenizer, prompts, max_new_tokens, batch_size, desc, sampling, seeds)
 
 
 @torch.no_grad()
@@ -74,30 +127,23 @@ def talk(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    repetition_penalty: float,
+    sampling: Sampling,
+    seed: int,
 ) -> None:
-    """A conversation in the terminal until an empty line. A typed `\\n` means a line break."""
+    """A conversation in the terminal until an empty line. A typed `\\n` means a line break.
+
+    The same turns with the same seed get the same answers.
+    """
     chat = speaks_chat(model)
     print("chat" if chat else "raw continuation (a pretrained checkpoint)", "- an empty line ends it")
     turns: list[Turn] = []
     streamer = WholeCharacters(tokenizer, skip_prompt=True, skip_special_tokens=True)
     while text := read_line():
         turns.append({"role": "user", "content": text.replace("\\n", "\n")})
-        prompt = torch.tensor([encode_prompt(tokenizer, turns, chat)], device=model.device)
-        output = model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            streamer=streamer,
-            max_new_tokens=max_new_tokens,
-            do_sample=temperature > 0,
-            temperature=temperature or None,
-            top_p=top_p,
-            repetition_penalty=repetition_penalty,
-            use_cache=True,
-        )
-        answer = tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True).rstrip("\ufffd")
+        prompt = torch.tensor([encode_prompt(tokenizer, turns, chat)])
+        steps = sampling.processors([seed], max_new_tokens, tokenizer.pad_token_id)
+        output = continue_batch(model, prompt, torch.ones_like(prompt), max_new_tokens, sampling, steps, streamer)
+        answer = tokenizer.decode(output[0], skip_special_tokens=True).rstrip("\ufffd")
         turns.append({"role": "assistant", "content": answer})
 
 

@@ -1,26 +1,63 @@
-"""The result table: one row for each checkpoint, and the answers to the same prompts side by side."""
+"""The report of an evaluation: one markdown file, one page, one file of figures, and the pictures they show."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tabulate import tabulate
+from mini_qwen.chapters import (
+    answers_chapter,
+    choices_chapter,
+    documents_chapter,
+    manners_chapter,
+    measurement_chapter,
+    questions_chapter,
+    stage_table,
+    verdict_chapter,
+)
+from mini_qwen.comparison import Record, add_reward_accuracy, compare, find_parents
+from mini_qwen.evaluation import EvalData
+from mini_qwen.illustrations import classification_chapter, decoding_chapter, training_chapter
+from mini_qwen.page import Section, render_markdown, render_page
+from mini_qwen.prompts import read_prompts
 
-from mini_qwen.curves import plot_curves
+TITLE = "Evaluation"
 
-COLUMNS = {
-    "stage": ("stage", "{}"),
-    "steps": ("steps", "{:,}"),
-    "seconds": ("seconds", "{:.0f}"),
-    "last_loss": ("last loss", "{:.3f}"),
-    "bits_per_byte": ("bits/byte", "{:.3f}"),
-    "unigram_bits_per_byte": ("unigram bits/byte", "{:.3f}"),
-    "perplexity": ("perplexity", "{:.2f}"),
-    "stop_rate": ("stops", "{:.0%}"),
-    "repetition_4gram": ("4-gram repetition", "{:.1%}"),
-    "preference_accuracy": ("pairs right", "{:.1%}"),
-    "preference_margin": ("pair margin", "{:.1f}"),
-}
+
+def write_report(args: EvalData, records: list[Record], circumstances: dict[str, Any]) -> str:
+    """Write report.md, report.html, results.json and the pictures into the output_dir; return the stage table."""
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    records = [record | training_facts(Path(record["checkpoint"])) for record in records]
+    parents = find_parents(records)
+    add_reward_accuracy(records, parents)
+    changes = compare(records, parents, args.limits)
+    records = [{key: value for key, value in record.items() if key != "pair_log_probs"} for record in records]
+    prompts = read_prompts(args.prompts)
+    named = dict(zip(labels(records), records, strict=True))
+    overview = stage_table(named)
+    chapters = [
+        Section("In short", [*verdict_chapter(named, changes), overview]),
+        Section("Held-out documents", documents_chapter(named)),
+        Section("Questions and pairs", questions_chapter(named)),
+        Section("Multiple choice", choices_chapter(named)),
+        Section("Classification", classification_chapter(named, folder)),
+        Section("How answers behave", manners_chapter(named)),
+        Section("Decoding", decoding_chapter(named, folder)),
+        Section("Training", training_chapter(named, folder)),
+        Section("Answers", answers_chapter(named, prompts) if all("answers" in record for record in records) else []),
+        Section("How this was measured", measurement_chapter(asdict(args), circumstances)),
+    ]
+    chapters = [chapter for chapter in chapters if chapter.parts]
+    (folder / "report.md").write_text(render_markdown(TITLE, chapters, folder), encoding="utf-8")
+    (folder / "report.html").write_text(render_page(TITLE, chapters), encoding="utf-8")
+    results = {"prompts": prompts, "checkpoints": records, "changes": [change._asdict() for change in changes]}
+    (folder / "results.json").write_text(
+        json.dumps(circumstances | {"recipe": asdict(args)} | results, indent=2, ensure_ascii=False) + "\n",
+        encoding="utf-8",
+    )
+    words = render_markdown(TITLE, [chapters[0]], folder).split("\n\n", 2)[2]
+    return f"{words}\nThe whole report: {folder / 'report.html'}"
 
 
 def training_facts(checkpoint: Path) -> dict[str, Any]:
@@ -35,55 +72,10 @@ def training_facts(checkpoint: Path) -> dict[str, Any]:
     return facts
 
 
-def make_table(records: list[dict[str, Any]]) -> str:
-    """The figures as a markdown table. Accuracies of question groups follow the stage's own figures."""
-    columns = dict(COLUMNS)
-    groups = sorted({key for record in records for key in record if key.startswith("accuracy_")})
-    columns |= {key: (key.removeprefix("accuracy_").replace("_", " "), "{:.1%}") for key in groups}
-    present = [key for key in columns if any(record.get(key) is not None for record in records)]
-    records = [record | {"stage": name} for name, record in zip(labels(records), records, strict=True)]
-    rows = [
-        ["" if record.get(key) is None else columns[key][1].format(record[key]) for key in present]
-        for record in records
-    ]
-    return tabulate(rows, headers=[columns[key][0] for key in present], tablefmt="github", disable_numparse=True)
-
-
-def labels(records: list[dict[str, Any]]) -> list[str]:
+def labels(records: list[Record]) -> list[str]:
     """The stage of each checkpoint; its folder too where a stage occurs twice."""
     stages = [record["stage"] for record in records]
     return [
         stage if stages.count(stage) == 1 else f"{stage} {record['checkpoint']}"
         for stage, record in zip(stages, records, strict=True)
     ]
-
-
-def make_answers(prompts: list[str], records: list[dict[str, Any]], width: int = 160) -> str:
-    """For each prompt what every checkpoint answered, long answers cut."""
-    lines = []
-    for number, prompt in enumerate(prompts):
-        lines.append(f"\n**{prompt}**\n")
-        for label, record in zip(labels(records), records, strict=True):
-            text = record["answers"][number].replace("\n", " ")
-            cut = text if len(text) <= width else text[:width] + " ..."
-            lines.append(f"- {label}: {cut}")
-    return "\n".join(lines)
-
-
-def write_report(
-    folder: Path, prompts: list[str], records: list[dict[str, Any]], circumstances: dict[str, Any]
-) -> str:
-    """Write results.json, results.md and the loss curves of all checkpoints; return the text of results.md."""
-    folder.mkdir(parents=True, exist_ok=True)
-    text = make_table(records) + "\n" + make_answers(prompts, records) + "\n"
-    (folder / "results.md").write_text(text, encoding="utf-8")
-    (folder / "results.json").write_text(
-        json.dumps(circumstances | {"prompts": prompts, "checkpoints": records}, indent=2, ensure_ascii=False) + "\n",
-        encoding="utf-8",
-    )
-    folders = [Path(record["checkpoint"]) for record in records]
-    states = {label: folder / "trainer_state.json" for label, folder in zip(labels(records), folders, strict=True)}
-    states = {stage: state for stage, state in states.items() if state.is_file()}
-    if states:
-        plot_curves(states, folder / "training_loss.png", panels=True)
-    return text

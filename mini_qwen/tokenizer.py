@@ -7,7 +7,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mini_qwen.chat import TEMPLATE
-from mini_qwen.encoding import encode_text
+from mini_qwen.encoding import byte_of_character, encode_text
 
 END_OF_TURN, PAD = "<|im_end|>", "<|endoftext|>"
 CONTROL_TOKENS = [PAD, "<|im_start|>", END_OF_TURN]
@@ -75,5 +75,15 @@ def bytes_per_token(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> flo
 
 def count_bytes(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> int:
     """Bytes of text that the tokens stand for: byte-level BPE writes one character for each; the end token is none."""
-    tokens = tokenizer.convert_ids_to_tokens([token for token in ids if token != tokenizer.eos_token_id])
-    return sum(map(len, tokens))
+    return len(byte_characters(tokenizer, ids))
+
+
+def count_characters(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> int:
+    """Characters that begin within the tokens: those bytes that continue none (0x80 to 0xbf do, in UTF-8)."""
+    byte_of = byte_of_character()
+    return sum(not 0x80 <= byte_of[letter] < 0xC0 for letter in byte_characters(tokenizer, ids))
+
+
+def byte_characters(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """The tokens as byte-level BPE writes them, a character for each byte."""
+    return "".join(tokenizer.convert_ids_to_tokens([token for token in ids if token != tokenizer.eos_token_id]))

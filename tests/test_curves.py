@@ -1,6 +1,8 @@
 """mini_qwen/curves.py: what a trainer_state.json says is what is drawn."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ import pytest
 from matplotlib import colors, image
 from matplotlib.figure import Figure
 
-from mini_qwen import curves
+from mini_qwen import pictures
 from mini_qwen.curves import plot_curves, read_losses
 
 HISTORY = [
@@ -31,13 +33,13 @@ def state(folder: Path, history: list[dict[str, Any]] = HISTORY) -> Path:
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """The figures that were drawn, to look into."""
     closed: list[Figure] = []
-    close = curves.pyplot.close
+    close = pictures.pyplot.close
 
     def keep(figure: Figure) -> None:
         closed.append(figure)
         close(figure)
 
-    monkeypatch.setattr(curves.pyplot, "close", keep)
+    monkeypatch.setattr(pictures.pyplot, "close", keep)
     return closed
 
 
@@ -95,3 +97,48 @@ def test_several_runs_share_a_picture(tmp_path: Path, figures: list[Figure], pan
 def test_a_run_that_logged_nothing_gives_an_empty_picture(tmp_path: Path) -> None:
     plot_curves({"short": state(tmp_path, [])}, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_key_has_a_panel_with_all_runs(tmp_path: Path, figures: list[Figure]) -> None:
+    runs = {"a": HISTORY, "b": HISTORY[:2]}
+    plot_curves(dict(runs), tmp_path / "a.png", keys=("loss", "grad_norm", "eval_loss"))
+    (figure,) = figures
+    assert [axes.get_ylabel() for axes in figure.axes] == ["loss", "grad_norm", "eval_loss"]
+    drawn_in = [[line.get_ydata().tolist() for line in axes.get_lines()] for axes in figure.axes]
+    assert drawn_in == [[[4.5, 3.25, 2.0], [4.5, 3.25]], [[1.5, 0.5, 0.25], [1.5, 0.5]], [[3.5, 2.5]]]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
+
+
+def test_another_axis_than_steps() -> None:
+    history = [{"step": 20, "epoch": 0.5, "loss": 2.0}, {"step": 40, "epoch": 1.0, "loss": 1.0}]
+    assert read_losses(history, "loss", "epoch") == ([0.5, 1.0], [2.0, 1.0])
+
+
+def test_a_value_that_is_no_number_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="trainer_state.json: 'loss' is 'high' at step 3"):
+        read_losses(state(tmp_path, [{"step": 3, "loss": "high"}]))
+
+
+def plot_losses(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    program = Path(__file__).resolve().parents[1] / "utils/plot_losses.py"
+    return subprocess.run(
+        [sys.executable, str(program), *arguments, "--target", "out.png"], cwd=folder, capture_output=True, text=True
+    )
+
+
+def test_the_tool_draws_folders_files_and_logs(tmp_path: Path) -> None:
+    (tmp_path / "pt").mkdir()
+    state(tmp_path / "pt")
+    log = "\r 4%|# | 20/90 [0:01<0:02]\r{'loss': 2.0, 'epoch': 0.1}\n\r 4%|# | 20/90 [0:01<0:02]"
+    (tmp_path / "old.log").write_text(log, encoding="utf-8")
+    done = plot_losses(tmp_path, "pt", "pt/trainer_state.json", "old.log", "--keys", "loss", "grad_norm")
+    assert done.returncode == 0, done.stderr
+    assert "old.log: no 'grad_norm' was logged" in done.stdout
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_tool_says_which_keys_there_are(tmp_path: Path) -> None:
+    state(tmp_path)
+    done = plot_losses(tmp_path, ".", "--keys", "los")
+    assert done.returncode == 1
+    assert "'los' was logged by none of the runs. They logged: eval_loss, eval_runtime, grad_norm" in done.stderr

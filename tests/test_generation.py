@@ -14,6 +14,7 @@ from mini_qwen import encoding
 from mini_qwen.chat import encode_chat
 from mini_qwen.evaluation import load_checkpoint
 from mini_qwen.generation import encode_prompt, generate, speaks_chat, talk
+from mini_qwen.sampling import Sampling
 from mini_qwen.schemas import Turn
 
 
@@ -71,7 +72,7 @@ def type_lines(monkeypatch: pytest.MonkeyPatch) -> TypeLines:
 
 
 def chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int = 200) -> None:
-    talk(model, tokenizer, max_new_tokens, temperature=0.0, top_p=1.0, repetition_penalty=1.0)
+    talk(model, tokenizer, max_new_tokens, Sampling(), seed=0)
 
 
 def watch_prompts(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
@@ -96,6 +97,44 @@ def test_batched_answers_are_those_given_one_by_one(
     alone = [generate(model, tokenizer, [prompt], max_new_tokens=12)[0] for prompt in prompts]
     assert len({tuple(answer.ids) for answer in alone}) == len(texts)
     assert generate(model, tokenizer, prompts, max_new_tokens=12, batch_size=batch_size) == alone
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(temperature=1.0),
+        Sampling(temperature=0.7, top_p=0.8, repetition_penalty=1.3),
+        Sampling(temperature=1.5, top_k=20),
+        Sampling(num_beams=3),
+    ],
+)
+def test_drawn_answers_do_not_depend_on_the_batch(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: Sampling
+) -> None:
+    texts = ["Anna", "Where does Victor go tomorrow?", "小雪", "In the morning 小明 likes to eat", "a"]
+    prompts = [prompt for prompt in encode_text(tokenizer, texts) for _ in range(3)]
+    seeds = [100 + number for number in range(len(prompts))]
+    alone = [
+        generate(model, tokenizer, [prompt], 12, sampling=sampling, seeds=[seed])[0]
+        for prompt, seed in zip(prompts, seeds, strict=True)
+    ]
+    for batch_size in (2, 7, 64):
+        assert generate(model, tokenizer, prompts, 12, batch_size, sampling=sampling, seeds=seeds) == alone
+    if sampling.num_beams == 1:
+        assert len({tuple(answer.ids) for answer in alone}) > len(texts)  # the samples of one prompt differ
+
+
+def test_what_the_checkpoint_says_of_sampling_changes_nothing(
+    tiny_model: MakeModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    model = tiny_model(stage="pt")
+    prompts = encode_text(tokenizer, ["Anna", "小雪"])
+    plain = generate(model, tokenizer, prompts, 8)
+    drawn = generate(model, tokenizer, prompts, 8, sampling=Sampling(temperature=1.0))
+    config = model.generation_config
+    config.do_sample, config.temperature, config.top_k, config.repetition_penalty = True, 3.0, 2, 1.9
+    assert generate(model, tokenizer, prompts, 8) == plain
+    assert generate(model, tokenizer, prompts, 8, sampling=Sampling(temperature=1.0)) == drawn
 
 
 def test_answers_are_the_most_likely_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

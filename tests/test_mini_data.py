@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,21 @@ def test_unasked_facts_are_the_answer_to_no_question_and_stand_in_the_documents(
     for row in unasked:
         assert row["answer"] not in answers
         assert row["answer"] in documents
+
+
+def test_each_choice_is_one_right_answer_among_three_others_of_its_kind_in_any_place() -> None:
+    lines = (MINI_DATA / "eval" / "choices.jsonl").read_text(encoding="utf-8").splitlines()
+    choices = [json.loads(line) for line in lines]
+    groups = {row["answer"]: row["group"] for row in questions()}
+    assert len(choices) == len(groups) == 192
+    for row in choices:
+        options = [row[letter] for letter in "ABCD"]
+        assert len(set(options)) == 4
+        assert [option in groups for option in options] == [letter == row["answer"] for letter in "ABCD"]
+        assert groups[row[row["answer"]]] == row["subject"]
+    assert Counter(row["answer"] for row in choices) == dict.fromkeys("ABCD", 48)
+    trained = {question for question, _ in trained_turns()}
+    assert not trained & {row["question"] for row in choices if row["subject"] == "new_wording"}
 
 
 def test_new_wordings_stand_in_no_training_row() -> None:

@@ -13,6 +13,8 @@ string in sft/Gen, `label` is a struct in one file and null in the next, English
     eval/documents.parquet                              documents that stand nowhere in pt/
     eval/questions.jsonl                                group new_wording: facts that SFT asks about, in a wording it
                                                         never uses; group unasked_fact: facts it never asks about
+    eval/choices.jsonl                                  the same facts as multiple choice: the right answer among
+                                                        three with other values; `subject` is the group
 """
 
 import argparse
@@ -264,6 +266,25 @@ def write_questions(target: Path, world: dict[str, Any], facts: list[Fact], rng:
                 lines.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
+def write_choices(target: Path, world: dict[str, Any], facts: list[Fact], rng: random.Random) -> None:
+    """Each place of the right option comes equally often."""
+    letters = "ABCD"
+    places = [index % len(letters) for index in range(len(facts))]
+    rng.shuffle(places)
+    with (target / "eval" / "choices.jsonl").open("w", encoding="utf-8") as lines:
+        for fact, place in zip(facts, places, strict=True):
+            values = world[fact.language]["attributes"][fact.attribute]["values"]
+            others = rng.sample([value for value in values if value != fact.value], len(letters) - 1)
+            options = [answer(world, fact, value) for value in [*others[:place], fact.value, *others[place:]]]
+            row = {
+                "subject": "new_wording" if fact.asked else "unasked_fact",
+                "question": ask(world, fact, rng, "eval_questions" if fact.asked else "questions"),
+                **dict(zip(letters, options, strict=True)),
+                "answer": letters[place],
+            }
+            lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     root = Path(__file__).resolve().parents[1]
@@ -276,6 +297,7 @@ def main() -> None:
     write_conversations(target, world, facts, random.Random(SEED + 2))
     write_preferences(target, world, facts, random.Random(SEED + 3))
     write_questions(target, world, facts, random.Random(SEED + 4))
+    write_choices(target, world, facts, random.Random(SEED + 5))
     files = sorted(path for path in target.rglob("*") if path.is_file())
     for path in files:
         print(f"{path.stat().st_size:9,} bytes  {path.relative_to(target)}")

@@ -1,0 +1,79 @@
+"""A study: parts measured for each checkpoint, each kept when it is finished, so that a second run goes on."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mini_qwen.cache import hash_of, source_hash
+from mini_qwen.checkpoint import MANIFEST
+from mini_qwen.files import find_files
+from mini_qwen.resumption import write_whole
+from mini_qwen.training import choose_precision
+
+Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+
+
+class Part(NamedTuple):
+    """One thing to measure: what it depends on beside the checkpoint, and how it is measured."""
+
+    name: str
+    settings: Any  # recipe values
+    files: list[str]
+    measure: Callable[[PreTrainedModel, PreTrainedTokenizerBase], dict[str, Any]]
+
+
+class Study:
+    """Figures of checkpoints in `folder`/parts, one file for each checkpoint and part.
+
+    A file is named by a hash of the checkpoint, the settings, the data files, the source, the precision and the
+    versions of the libraries: what was measured is not measured again until one of them differs.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "parts"
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def measure(self, checkpoint: str, parts: list[Part], load: Callable[[str], Loaded]) -> dict[str, Any]:
+        """The figures of all parts together. The checkpoint is loaded once, and only if a part is missing."""
+        loaded: Loaded | None = None
+        figures: dict[str, Any] = {}
+        for part in parts:
+            file = self.file(checkpoint, part)
+            if not file.is_file():
+                loaded = loaded or load(checkpoint)
+                found = part.measure(*loaded)
+                for old in self.folder.glob(self.pattern(checkpoint, part)):
+                    old.unlink()
+                write_whole(file, found)
+            else:
+                print(f"{part.name}: as measured before")
+            figures |= json.loads(file.read_text(encoding="utf-8"))
+        return figures
+
+    def pattern(self, checkpoint: str, part: Part) -> str:
+        place = hash_of(str(Path(checkpoint).resolve()))[:6]
+        return f"{Path(checkpoint).name}-{place}-{part.name}-*.json"
+
+    def file(self, checkpoint: str, part: Part) -> Path:
+        data = [identity(file) for file in find_files(part.files)]
+        circumstances = [choose_precision(), torch.cuda.is_available(), torch.__version__, transformers.__version__]
+        source = source_hash(tuple(sorted(module.stem for module in Path(__file__).parent.glob("*.py"))))
+        key = hash_of([identify_checkpoint(Path(checkpoint)), part.settings, data, circumstances, source])
+        return self.folder / self.pattern(checkpoint, part).replace("*", key)
+
+
+def identify_checkpoint(folder: Path) -> Any:
+    """The hashes of its files where a manifest has them; else their sizes and times."""
+    if (folder / MANIFEST).is_file():
+        return (folder / MANIFEST).read_text(encoding="utf-8")
+    return [identity(file) for file in sorted(folder.iterdir()) if file.is_file()]
+
+
+def identity(file: Path) -> list[Any]:
+    status = file.stat()
+    return [str(file.resolve()), status.st_size, status.st_mtime_ns]
