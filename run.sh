@@ -104,7 +104,7 @@ demo() {
     done
     printf '{"seconds": %d, "cores": %d}\n' $((SECONDS - started)) "$(python -c 'import os; print(os.cpu_count())')" \
         >demo_results/time.json
-    echo "$((SECONDS - started)) seconds. The table is in demo_results/results.md, the curves beside it."
+    echo "$((SECONDS - started)) seconds. The report is demo_results/report.html, or report.md."
     echo "Talk to your model: .venv/bin/python mini_qwen_eval.py --chat demo_results/dpo"
 }
 

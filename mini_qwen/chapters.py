@@ -41,6 +41,12 @@ MANNERS: Columns = {
 }
 
 
+CORRECTIONS = (
+    "Length-corrected: log-probability by the option's length. Prior-corrected: less the option's log-probability "
+    "where no question stands before it; where an option is a whole fact, that takes away what the model knows too."
+)
+
+
 def make_table(named: dict[str, Any], columns: Columns, caption: str = "", head: str = "stage") -> list[Table]:
     """A row for each label, a column for each key that any of them has; no table where there is none."""
     present = [key for key in columns if any(record.get(key) is not None for record in named.values())]
@@ -66,7 +72,7 @@ def question_groups(named: Named) -> list[str]:
 
 
 def verdict_chapter(named: Named, changes: list[Change]) -> list[Part]:
-    """Whether a stage made its parent worse, and every figure that was compared."""
+    """Whether a stage made its parent worse."""
     if not changes:
         return []
     label = {record["checkpoint"]: name for name, record in named.items()}
@@ -76,15 +82,22 @@ def verdict_chapter(named: Named, changes: list[Change]) -> list[Part]:
         f"{change.after:.3f} now (limit {change.limit:.3f})."
         for change in worse
     ]
-    verdict: Part = Notice("\n\n".join(said)) if said else Text("No stage made a figure of its parent worse.")
+    return [Notice("\n\n".join(said)) if said else Text("No stage made a figure of its parent worse.")]
+
+
+def forgetting_chapter(named: Named, changes: list[Change]) -> list[Part]:
+    """Every figure of a stage beside its parent's."""
+    if not changes:
+        return []
+    label = {record["checkpoint"]: name for name, record in named.items()}
     rows = [
         [label[change.parent], label[change.checkpoint], change.figure, f"{change.before:.3f}", f"{change.after:.3f}"]
         + [f"{change.limit:.3f}", "regressed" if change.is_worse else ""]
         for change in changes
     ]
     header = ["parent", "stage", "figure", "before", "after", "limit", ""]
-    caption = "Forgetting: what each stage did to the one it was trained from. Beyond its limit it has regressed."
-    return [verdict, Table(header, rows, caption)]
+    caption = "What each stage did to the one it was trained from. A figure beyond its limit has regressed."
+    return [Table(header, rows, caption)]
 
 
 def documents_chapter(named: Named) -> list[Part]:
@@ -142,6 +155,8 @@ def choices_chapter(named: Named) -> list[Part]:
                 if all(subject in result["subjects"] for result in results.values())
             ]
             parts.append(Table(["subject", *results], rows, f"{name}, by subject."))
+    if parts:
+        parts.append(Text(CORRECTIONS))
     return parts
 
 

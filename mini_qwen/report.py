@@ -9,6 +9,7 @@ from mini_qwen.chapters import (
     answers_chapter,
     choices_chapter,
     documents_chapter,
+    forgetting_chapter,
     manners_chapter,
     measurement_chapter,
     questions_chapter,
@@ -38,6 +39,7 @@ def write_report(args: EvalData, records: list[Record], circumstances: dict[str,
     overview = stage_table(named)
     chapters = [
         Section("In short", [*verdict_chapter(named, changes), overview]),
+        Section("Forgetting", forgetting_chapter(named, changes)),
         Section("Held-out documents", documents_chapter(named)),
         Section("Questions and pairs", questions_chapter(named)),
         Section("Multiple choice", choices_chapter(named)),
