@@ -145,8 +145,27 @@ def check_type(cls: type, key: str, value: Any, place: str) -> Any:
     try:
         config = None if dataclasses.is_dataclass(hint) else ConfigDict(arbitrary_types_allowed=True)
         return TypeAdapter(hint, config=config).validate_python(value)
-    except ValidationError:
-        raise SystemExit(f"Recipe key '{key}' is {value!r} {place}, but must be {describe(hint)}.") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        inside, wrong = walk(value, first["loc"])
+        if not inside:
+            raise SystemExit(f"Recipe key '{key}' is {value!r} {place}, but must be {describe(hint)}.") from None
+        name = ".".join([key, *inside])
+        raise SystemExit(f"Recipe key '{name}' is {wrong!r} {place}: {first['msg'].lower()}.") from None
+
+
+def walk(value: Any, path: tuple[Any, ...]) -> tuple[list[str], Any]:
+    """The keys of `path` that lead into a mapping, and what stands there; names of types in it are passed over.
+
+    >>> walk({"bbc": {"by": "guess"}}, ("bbc", "Task", "by"))
+    (['bbc', 'by'], 'guess')
+    """
+    names = []
+    for key in path:
+        if isinstance(value, dict) and key in value:
+            names.append(str(key))
+            value = value[key]
+    return names, value
 
 
 def accepts_bool(hint: Any) -> bool:

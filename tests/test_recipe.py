@@ -84,7 +84,32 @@ def test_every_recipe_loads_strictly(path: Path) -> None:
     assert tuple(type(part) for part in parts) == classes
     for key in set(written) - {"needs_gpu", "precision", "bf16", "fp16", "report_to"}:
         owner = next(part for part in parts if hasattr(part, key))
-        assert getattr(owner, key) in (written[key], [written[key]]), key
+        assert arrived(getattr(owner, key), written[key]), key
+
+
+def arrived(value: object, written: object) -> bool:
+    """Whether a key has the value that was written, in mappings and in dataclasses made of them as well."""
+    if isinstance(written, dict) and not isinstance(value, dict):
+        return all(arrived(getattr(value, key), inner) for key, inner in written.items())
+    if isinstance(written, dict):
+        return value.keys() == written.keys() and all(arrived(value[key], inner) for key, inner in written.items())
+    return value in (written, [written])
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "words"),
+    [
+        ("decoding: {temperature: [1.0]}", "decoding.temperature", "unexpected keyword argument"),
+        ("decoding: {samples: many}", "decoding.samples", "'many'"),
+        ("choices: {exam: {questions: a.jsonl, shot: b.jsonl}}", "choices.exam.shot", "unexpected keyword argument"),
+        ("choices: {exam: {questions: a.jsonl, score: best}}", "choices.exam.score", "'letter' or 'text'"),
+        ("classification: {news: {files: [a.csv], by: [guess]}}", "classification.news.by", "guess"),
+        ("limits: {loss: 0.1}", "limits.loss", "unexpected keyword argument"),
+    ],
+)
+def test_a_wrong_key_inside_a_value_is_named(tmp_path: Path, text: str, name: str, words: str) -> None:
+    message = refusal(tmp_path, f"checkpoints: [results/pt]\n{text}\n", classes=STAGES["eval"])
+    assert f"'{name}'" in message and words in message
 
 
 def test_values_arrive_with_their_types(tmp_path: Path) -> None:
