@@ -184,8 +184,7 @@ def run_choices(harness: HarnessModel, name: str, prompts: list[Prompt], right: 
         float(figures["acc,none"]),
         float(figures["acc_norm,none"]),
         [sample["acc"] == 1 for sample in samples],
-        # Of how many tokens, lm-eval does not say.
-        [[Score(total, 0) for total, _ in sample["filtered_resps"]] for sample in samples],
+        [[Score(total, 0) for total, _ in sample["filtered_resps"]] for sample in samples],  # 0: it does not say
     )
 
 

@@ -1,18 +1,16 @@
-"""mini_qwen/choices.py with exams.py and shots.py: lm-eval's prompts and accuracies, on questions that were checked."""
+"""mini_qwen/choices.py, exams.py, shots.py: lm-eval's prompts and accuracies, on questions that were checked."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+import lm_eval
 import pytest
 import yaml
 from conftest import ROOT, MakeModel, WriteRows
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-lm_eval = pytest.importorskip("lm_eval")
-
 from lm_eval.api.task import ConfigurableTask
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mini_qwen.choices import ChoiceTask, check_choices, score_choices
 from mini_qwen.exams import Question, read_questions
@@ -88,7 +86,7 @@ def test_prompts_are_those_of_lm_eval(
     data = {split: Dataset.from_list(docs[5:]), config["fewshot_split"]: Dataset.from_list(docs[:5])}
     for key in ("include", "dataset_path", "dataset_name", "task_alias", "tag"):
         config.pop(key, None)
-    theirs = ConfigurableTask(config=config | {"custom_dataset": lambda: data, "num_fewshot": num_shots})
+    theirs = ConfigurableTask(config=config | {"custom_dataset": lambda **_: data, "num_fewshot": num_shots})
     assert prompt.text == theirs.fewshot_context(docs[5], num_shots)
     assert [(prompt.text, prompt.delimiter + option) for option in prompt.options] == [
         request.args for request in theirs.construct_requests(docs[5], prompt.text)

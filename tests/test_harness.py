@@ -3,18 +3,14 @@
 import pytest
 import torch
 from conftest import MakeModel
+from lm_eval.api.instance import Instance
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mini_qwen.chat import encode_chat
 from mini_qwen.encoding import encode_text
-from mini_qwen.tokenizer import train_tokenizer
-
-pytest.importorskip("lm_eval")
-
-from lm_eval.api.instance import Instance
-
 from mini_qwen.harness import HarnessModel, cut
 from mini_qwen.options import score_options
+from mini_qwen.tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="module")
