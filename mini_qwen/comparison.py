@@ -64,12 +64,13 @@ def find_parents(records: list[Record]) -> dict[str, str]:
 
 
 def read_parent(checkpoint: Path) -> Path | None:
-    """The recipe's `checkpoint` in the run's record."""
-    record = checkpoint / "run.json"
-    if not record.is_file():
-        return None
-    parent = json.loads(record.read_text(encoding="utf-8"))["recipe"].get("checkpoint")
-    return Path(parent) if parent else None
+    """The recipe's `checkpoint` in the run's record, where it stands under the class that the key belongs to."""
+    file = checkpoint / "run.json"
+    record = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    recipe = record.get("recipe") if isinstance(record, dict) else None
+    parts = [part for part in recipe.values() if isinstance(part, dict)] if isinstance(recipe, dict) else []
+    named = [part["checkpoint"] for part in parts if isinstance(part.get("checkpoint"), str)]
+    return Path(named[0]) if named else None
 
 
 def is_earlier(first: str, second: str) -> bool:
@@ -137,4 +138,5 @@ def judge(checkpoint: str, parent: str, before: Figure, after: Figure, limits: L
         return Change(checkpoint, parent, after.name, before.value, after.value, limit, after.value < limit)
     rise = limits.repetition if after.kind == "repetition" else limits.bits * before.value
     limit = before.value + rise
-    return Change(checkpoint, parent, after.name, before.value, after.value, limit, after.value > limit)
+    is_worse = after.value > limit or math.isnan(after.value)  # as of a checkpoint whose weights are no numbers
+    return Change(checkpoint, parent, after.name, before.value, after.value, limit, is_worse)

@@ -28,9 +28,11 @@ class DecodingGrid:
     seed: int = 0
 
     def settings(self) -> list[Sampling]:
-        """Raises SystemExit for a value that means nothing, or no sample."""
+        """Raises SystemExit for a value that means nothing, no sample, or no token."""
         if self.samples < 1:
             raise SystemExit(f"decoding: samples is {self.samples}; each prompt needs one answer at least.")
+        if self.max_new_tokens < 1:
+            raise SystemExit(f"decoding: max_new_tokens is {self.max_new_tokens}; an answer needs one token at least.")
         try:
             drawn = [Sampling(temperature, top_p) for temperature, top_p in product(self.temperatures, self.top_ps)]
             drawn += [Sampling(temperature=1.0, top_k=top_k) for top_k in self.top_ks]

@@ -77,8 +77,11 @@ def load_checkpoint(path: str) -> Loaded:
 def make_parts(args: EvalData) -> list[Part]:
     """The parts that the recipe asks for, its inputs checked before any model is loaded.
 
-    Raises SystemExit for a checkpoint or a file that cannot be used, and for a part that is not known.
+    Raises SystemExit for a number, a checkpoint or a file that cannot be used, and for a part that is not known.
     """
+    for key, least in {"max_new_tokens": 1, "max_length": 2, "batch_size": 1}.items():
+        if getattr(args, key) < least:
+            raise SystemExit(f"{key} is {getattr(args, key)}, but must be {least} or more.")
     for checkpoint in args.checkpoints:
         check_checkpoint(checkpoint)
     for paths, columns in [

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from mini_qwen.cache import hash_of
 from mini_qwen.chapters import MANNERS, Columns, Named, make_table, tasks
 from mini_qwen.curves import plot_curves
 from mini_qwen.page import Part, Picture, Table
@@ -103,4 +104,6 @@ def training_chapter(named: Named, folder: Path) -> list[Part]:
 
 
 def file_name(label: str) -> str:
-    return "".join(letter if letter.isalnum() else "_" for letter in label)
+    """Of letters and digits; where others had to go, with a hash, so that `sft-1` and `sft_1` are two files."""
+    plain = "".join(letter if letter.isalnum() else "_" for letter in label)
+    return plain if plain == label else f"{plain[-60:]}_{hash_of(label)[:6]}"

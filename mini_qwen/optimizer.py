@@ -8,6 +8,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, TrainingArguments
 
 from mini_qwen.low_memory import low_memory_optimizer
+from mini_qwen.zero_muon import make_zero_muon
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
@@ -25,10 +26,11 @@ class MuonWithAdamW(torch.optim.Optimizer):
         adamw_lr: float,
         weight_decay: float,
         betas: tuple[float, float],
+        eps: float,
     ) -> None:
         self.parts = [
             torch.optim.Muon(list(matrices), lr=muon_lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(list(others), lr=adamw_lr, weight_decay=0.0, betas=betas),
+            torch.optim.AdamW(list(others), lr=adamw_lr, weight_decay=0.0, betas=betas, eps=eps),
         ]
         super().__init__([group for part in self.parts for group in part.param_groups], {})
         self.share_groups()
@@ -53,28 +55,35 @@ class MuonWithAdamW(torch.optim.Optimizer):
 def make_optimizer(
     model: PreTrainedModel, args: TrainingArguments, muon_learning_rate: float | None
 ) -> torch.optim.Optimizer | None:
-    """MuonWithAdamW when the recipe sets `muon_learning_rate`, LowMemoryAdamW when it sets `low_memory`.
+    """Muon with AdamW when the recipe sets `muon_learning_rate`, LowMemoryAdamW when it sets `low_memory`.
 
-    Else None: the Trainer makes the one that `optim` names.
-
-    Neither under DeepSpeed, which hands a client optimizer flattened shards that are no matrices any more.
+    Else None: the Trainer makes the one that `optim` names. Under DeepSpeed, which hands an optimizer flattened shards
+    that are no matrices any more, Muon is DeepSpeed's own.
     """
     if args.low_memory:
         return low_memory_optimizer(model, args)
     if muon_learning_rate is None:
         return None
-    assert args.deepspeed_plugin is None
     named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
     matrices = [weight for name, weight in named if weight.ndim == 2 and ".layers." in name]
     chosen = {id(weight) for weight in matrices}
-    return MuonWithAdamW(
+    make = MuonWithAdamW if args.deepspeed_plugin is None else make_zero_muon
+    return make(
         matrices,
         [weight for _, weight in named if id(weight) not in chosen],
         muon_lr=muon_learning_rate,
         adamw_lr=args.learning_rate,
         weight_decay=args.weight_decay,
         betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
     )
+
+
+def rate_of(group: dict[str, Any], args: TrainingArguments) -> float:
+    """The recipe's learning rate of an optimizer's group; only Muon's groups have a momentum."""
+    if "momentum" in group and args.muon_learning_rate is not None:
+        return args.muon_learning_rate * group.get("rate_scale", 1.0)
+    return args.learning_rate
 
 
 def take_rates(optimizer: torch.optim.Optimizer, scheduler: Any, args: TrainingArguments) -> None:
@@ -83,9 +92,7 @@ def take_rates(optimizer: torch.optim.Optimizer, scheduler: Any, args: TrainingA
     They come with those of the run that wrote it, whatever the recipe says now. The schedule itself is the recipe's.
     """
     groups = optimizer.param_groups
-    rates = [args.learning_rate] * len(groups)
-    if args.muon_learning_rate is not None:
-        rates[0] = args.muon_learning_rate
+    rates = [rate_of(group, args) for group in groups]
     if not isinstance(scheduler, LambdaLR) or scheduler.base_lrs == rates:
         return
     for group, rate, before in zip(groups, rates, scheduler.base_lrs, strict=True):

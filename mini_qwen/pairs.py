@@ -27,10 +27,10 @@ def score_preferences(
     ledger = Ledger()
     rows = join_rated(read_rows(find_files(files), PAIR_COLUMNS))
     pairs = list(read_preferences(rows, tokenizer, length, ledger))
-    ledger.check(max_drop_share=1.0)
     print(f"preferences: {ledger.rows_kept:,} of {ledger.rows_read:,} pairs scored {dict(ledger.rows_dropped) or ''}")
     if not pairs:
         raise SystemExit(f"No pair of {', '.join(files)} can be scored: {dict(ledger.rows_dropped) or 'it is empty'}.")
+    ledger.check(max_drop_share=1.0)
     sides = [pair.side(answer) for answer in ("chosen_ids", "rejected_ids") for pair in pairs]
     sums = [score.sum_log_prob for score in score_rows(model, sides, "preferences")]
     log_probs = list(zip(sums[: len(pairs)], sums[len(pairs) :], strict=True))

@@ -13,7 +13,7 @@ def read_prompts(items: list[str]) -> list[str]:
 
     Of a row the first column of COLUMNS that it has counts; of `turns`, a list, the first turn.
 
-    Raises SystemExit for a file that is missing or holds no prompt, and for a row without one.
+    Raises SystemExit for a file that is missing or holds no prompt, for a row without one, and for a blank prompt.
     """
     prompts: list[str] = []
     for item in items:
@@ -24,10 +24,12 @@ def read_prompts(items: list[str]) -> list[str]:
         for row in read_rows(find_files([item]), list(COLUMNS)):
             values = [row.values[name] for name in COLUMNS if row.values.get(name)]
             text = values[0][0] if values and isinstance(values[0], list) else values[0] if values else None
-            if not isinstance(text, str):
+            if not isinstance(text, str) or not text.strip():
                 raise SystemExit(f"{row.place} has no prompt: put a text under one of {', '.join(COLUMNS)}.")
             found.append(text)
         if not found:
             raise SystemExit(f"The prompt file '{item}' is empty. Write one prompt a line into it.")
         prompts += found
+    if not all(prompt.strip() for prompt in prompts):
+        raise SystemExit("A prompt of the recipe is blank: there is nothing to answer. Take it out of 'prompts'.")
     return prompts

@@ -30,6 +30,8 @@ def read_questions(files: list[str]) -> list[Question]:
         for name in ("question", "answer"):
             if not isinstance(row.values.get(name), str):
                 raise SystemExit(f"{row.place}: '{name}' is {row.values.get(name)!r}, but must be text.")
+        if not row.values["question"].strip():
+            raise SystemExit(f"{row.place}: 'question' is {row.values['question']!r}, but must be text to answer.")
         group = str(row.values.get("group") or "all")
         questions.append(Question(row.values["question"], row.values["answer"], group))
     if not questions:

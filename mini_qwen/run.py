@@ -26,6 +26,7 @@ from mini_qwen.mixture import MixtureKeys, read_phases
 from mini_qwen.resumption import check_identity, find_resume, hold, on_first_process, release
 from mini_qwen.threads import threads_of_each
 from mini_qwen.watch import Heartbeat, call_when_orphaned, end_as_orphan
+from mini_qwen.zero_muon import why_not_here
 
 
 def begin(training_args: TrainingArguments, *recipe: Any) -> None:
@@ -73,11 +74,8 @@ def check_launch(args: TrainingArguments) -> None:
             f"{asked} processes were asked for, and this one is 1 of {args.world_size}. accelerate starts one only "
             "for some machine files (MULTI_CPU among them); use accelerate_config.yaml as it is."
         )
-    if args.muon_learning_rate is not None and args.deepspeed_plugin is not None:
-        raise SystemExit(
-            "muon_learning_rate works on one process, not under DeepSpeed, whose shards are no matrices any more. "
-            "Leave it out of the recipe, or start one process: CUDA_VISIBLE_DEVICES=0."
-        )
+    if args.muon_learning_rate is not None and args.deepspeed_plugin is not None and (reason := why_not_here(args)):
+        raise SystemExit(f"muon_learning_rate does not work under DeepSpeed as it stands here: {reason}.")
     if args.low_memory and (args.world_size > 1 or args.deepspeed_plugin is not None):
         raise SystemExit(
             "low_memory works on one process, without DeepSpeed, whose optimizers keep fp32 weights of their own. "

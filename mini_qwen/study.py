@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from glob import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,7 +48,7 @@ class Study:
             if not file.is_file():
                 loaded = loaded or load(checkpoint)
                 found = part.measure(*loaded)
-                for old in self.folder.glob(self.pattern(checkpoint, part)):
+                for old in self.folder.glob(f"{escape(self.stem(checkpoint, part))}-*.json"):
                     old.unlink()
                 write_whole(file, found)
             else:
@@ -55,16 +56,16 @@ class Study:
             figures |= json.loads(file.read_text(encoding="utf-8"))
         return figures
 
-    def pattern(self, checkpoint: str, part: Part) -> str:
+    def stem(self, checkpoint: str, part: Part) -> str:
         place = hash_of(str(Path(checkpoint).resolve()))[:6]
-        return f"{Path(checkpoint).name}-{place}-{part.name}-*.json"
+        return f"{Path(checkpoint).name}-{place}-{part.name}"
 
     def file(self, checkpoint: str, part: Part) -> Path:
         data = [identity(file) for file in find_files(part.files)]
         circumstances = [choose_precision(), torch.cuda.is_available(), torch.__version__, transformers.__version__]
         source = source_hash(tuple(sorted(module.stem for module in Path(__file__).parent.glob("*.py"))))
         key = hash_of([identify_checkpoint(Path(checkpoint)), part.settings, data, circumstances, source])
-        return self.folder / self.pattern(checkpoint, part).replace("*", key)
+        return self.folder / f"{self.stem(checkpoint, part)}-{key}.json"
 
 
 def identify_checkpoint(folder: Path) -> Any:

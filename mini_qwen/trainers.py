@@ -2,17 +2,28 @@
 
 from typing import Any
 
+import torch
 from datasets import Dataset
 from torch.utils.data import Sampler
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from trl import DPOTrainer, SFTTrainer
 
 from mini_qwen.guard import Guarded
 from mini_qwen.levers import fit_loss_head
+from mini_qwen.optimizer import make_optimizer
 from mini_qwen.sampler import ByLength
 
 
-class GuardedTrainer(Guarded, Trainer):
+class Equipped(Guarded):
+    """Guarded, and with the recipe's own optimizer under DeepSpeed, whose start drops the one that it was given."""
+
+    def create_optimizer(self, model: PreTrainedModel | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            self.optimizer = make_optimizer(self.model, self.args, self.args.muon_learning_rate)
+        return super().create_optimizer(model)
+
+
+class GuardedTrainer(Equipped, Trainer):
     """transformers' Trainer, guarded, with our loss head: for PT."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -20,7 +31,7 @@ class GuardedTrainer(Guarded, Trainer):
         fit_loss_head(self.model, self.args, equal_weights=True)
 
 
-class GuardedSFTTrainer(Guarded, SFTTrainer):
+class GuardedSFTTrainer(Equipped, SFTTrainer):
     """TRL's SFTTrainer, guarded, with our loss head in the place of its own."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -28,7 +39,7 @@ class GuardedSFTTrainer(Guarded, SFTTrainer):
         fit_loss_head(self.model, self.args, equal_weights=self.args.loss_type == "nll")
 
 
-class PreparedDPOTrainer(Guarded, DPOTrainer):
+class PreparedDPOTrainer(Equipped, DPOTrainer):
     """TRL's DPOTrainer on pairs that are token ids already, of which it would otherwise make texts to tokenise."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

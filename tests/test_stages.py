@@ -3,11 +3,15 @@
 import json
 import math
 import shutil
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
 import torch
+import yaml
+from conftest import save_rows
 from programs import ROOT, STAGES, VOCAB, arguments, losses, same_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -15,7 +19,10 @@ import mini_qwen_dpo
 import mini_qwen_eval
 import mini_qwen_pt
 import mini_qwen_sft
+from mini_qwen import evaluation
+from mini_qwen.comparison import read_parent
 from mini_qwen.ledger import Ledger
+from mini_qwen.rows import read_rows
 
 MODULES = {"pt": mini_qwen_pt, "sft": mini_qwen_sft, "dpo": mini_qwen_dpo}
 
@@ -123,33 +130,201 @@ def test_a_gpu_recipe_without_a_gpu_says_so(stage: str) -> None:
         MODULES[stage].main([])
 
 
-def test_eval_writes_one_row_for_each_checkpoint(
-    road: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    checkpoints = [str(road / stage) for stage in STAGES]
-    recipe = ["--config", str(ROOT / "recipes/demo/eval.yaml"), "--output_dir", str(tmp_path / "eval")]
-    folders = ["--documents", str(ROOT / "mini_data/eval/documents.parquet"), "--unigram_documents"]
-    folders += [
-        str(ROOT / "mini_data/pt/tourism_geography"),
-        "--questions",
-        str(ROOT / "mini_data/eval/questions.jsonl"),
+MANNERS = ("stop_rate", "answer_length", "repetition_4gram", "repetition_near", "distinct_2")
+
+
+def first_rows(file: str, count: int) -> list[dict[str, Any]]:
+    return [row.values for row in islice(read_rows([ROOT / "mini_data" / file], None), count)]
+
+
+@pytest.fixture(scope="module")
+def study(road: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A small recipe with all parts, for the three checkpoints of the road."""
+    folder = tmp_path_factory.mktemp("study")
+    passages = [
+        {"text": f"{word} {at}", "category": label} for label, word in (("a", "dog"), ("b", "海")) for at in range(3)
     ]
-    folders += ["--preferences", str(ROOT / "mini_data/dpo/test-00000-of-00001.parquet"), "--max_new_tokens", "8"]
-    mini_qwen_eval.main([*recipe, "--checkpoints", *checkpoints, *folders])
-    results = json.loads((tmp_path / "eval" / "results.json").read_text(encoding="utf-8"))
+    files = {
+        "documents.jsonl": first_rows("eval/documents.parquet", 10),
+        "questions.jsonl": first_rows("eval/questions.jsonl", 8),
+        "choices.jsonl": first_rows("eval/choices.jsonl", 4),
+        "pairs.parquet": first_rows("dpo/test-00000-of-00001.parquet", 6),
+        "passages.csv": passages,
+        "prompts.txt": [{"text": "Where does Anna live?"}, {"text": "小明在哪里？"}],
+    }
+    for name, rows in files.items():
+        save_rows(folder / name, rows)
+    return {
+        "checkpoints": [str(road / stage) for stage in STAGES],
+        "output_dir": str(folder / "eval"),
+        "documents": [str(folder / "documents.jsonl")],
+        "unigram_documents": [str(ROOT / "mini_data/pt/tourism_geography")],
+        "questions": [str(folder / "questions.jsonl")],
+        "preferences": [str(folder / "pairs.parquet")],
+        "choices": {"facts": {"questions": str(folder / "choices.jsonl"), "score": "text", "language": "en"}},
+        "classification": {"toy": {"files": [str(folder / "passages.csv")], "num_shots": 2}},
+        "prompts": ["Who has a dog?", str(folder / "prompts.txt")],
+        "decoding": {"temperatures": [0.5, 1.0], "top_ps": [0.5, 1.0], "samples": 2, "max_new_tokens": 6},
+        "max_new_tokens": 8,
+        "max_length": 320,
+    }
+
+
+def run_eval(recipe: dict[str, Any], **changed: Any) -> Path:
+    """The program on this recipe, which is written beside its output; returns the folder of the report."""
+    recipe = recipe | changed
+    folder = Path(recipe["output_dir"])
+    file = folder.with_name(f"{folder.name}.yaml")
+    file.write_text(yaml.safe_dump(recipe, allow_unicode=True), encoding="utf-8")
+    mini_qwen_eval.main(["--config", str(file)])
+    return folder
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def report(study: dict[str, Any]) -> Path:
+    """The folder of a finished evaluation."""
+    return run_eval(study)
+
+
+def test_eval_measures_all_parts_of_every_checkpoint(study: dict[str, Any], report: Path) -> None:
+    results = read_results(report)
+    assert results["prompts"] == ["Who has a dog?", "Where does Anna live?", "小明在哪里？"]
+    assert results["recipe"]["max_new_tokens"] == 8 and results["versions"]["torch"] and results["seconds"] > 0
     records = results["checkpoints"]
+    assert [record["checkpoint"] for record in records] == study["checkpoints"]
     assert [record["stage"] for record in records] == list(STAGES)
     for record in records:
-        assert 0 < record["bits_per_byte"] < 8
-        for share in ("stop_rate", "repetition_4gram", "preference_accuracy", "accuracy_new_wording"):
-            assert 0 <= record[share] <= 1
-        assert len(record["answers"]) == len(results["prompts"])
-    table = (tmp_path / "eval" / "results.md").read_text(encoding="utf-8")
-    assert table in capsys.readouterr().out
-    assert (tmp_path / "eval" / "training_loss.png").stat().st_size > 1000
+        assert record["steps"] == 6 and record["parameters"] > 1000 and record["num_documents"] == 10
+        assert 0 < record["bits_per_byte"] < 8 and 0 < record["unigram_bits_per_byte"] < 8
+        assert (record["num_questions"], record["num_pairs"]) == (8, 6)
+        for group in [key for key in record if key.startswith("accuracy_")]:
+            assert 0 <= record[group] <= 1
+        for manners in (record, record["prompt_manners"], *record["decoding"]):
+            assert all(0 <= manners[key] <= (8 if key == "answer_length" else 1) for key in MANNERS)
+        assert len(record["answers"]) == 3
+        assert [cell["num_answers"] for cell in record["decoding"]] == [3, 6, 6, 6, 6]
+        assert record["choices"]["facts"]["num_questions"] == 4
+        toy = record["classification"]["toy"]
+        assert toy["num_rows"] == 4
+        assert all(sum(map(sum, toy[way]["matrix"])) == 4 for way in ("by_text", "by_likelihood"))
 
 
-def test_eval_of_a_folder_that_is_no_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"is not a checkpoint: it lacks config.json, tokenizer.json"):
-        mini_qwen_eval.main(["--checkpoints", str(tmp_path), "--output_dir", str(tmp_path / "eval")])
+def test_eval_compares_each_stage_with_the_one_it_was_trained_from(road: Path, report: Path) -> None:
+    """As the records of the runs name it, not as the order of the recipe has it."""
+    results = read_results(report)
+    pairs = {(change["parent"], change["checkpoint"]) for change in results["changes"]}
+    assert pairs == {(str(road / "pt"), str(road / "sft")), (str(road / "sft"), str(road / "dpo"))}
+    assert all(read_parent(road / child) == road / parent for parent, child in (("pt", "sft"), ("sft", "dpo")))
+    assert read_parent(road / "pt") is None
+    rewards = [record.get("reward_accuracy") for record in results["checkpoints"]]
+    assert rewards[0] is None and all(0 <= share <= 1 for share in rewards[1:])
+
+
+def test_eval_writes_a_report_with_its_pictures(report: Path) -> None:
+    names = {path.name for path in report.iterdir()}
+    manners = {f"decoding_{key}{ending}.png" for key in MANNERS for ending in ("", "_by_temperature")}
+    ways = {f"confusion_toy_{way}_{stage}.png" for way in ("by_text", "by_likelihood") for stage in STAGES}
+    pictures = manners | ways | {"training_loss.png"}
+    assert names == pictures | {"report.md", "report.html", "results.json", "parts"}
+    text, page = ((report / name).read_text(encoding="utf-8") for name in ("report.md", "report.html"))
+    assert all(f"]({name})" in text for name in pictures)
+    assert page.count("data:image/png;base64,") == len(pictures)
+    chapters = ["In short", "Forgetting", "Held-out documents", "Questions and pairs", "Multiple choice"]
+    chapters += ["Classification", "How answers behave", "Decoding", "Training", "Answers", "How this was measured"]
+    assert [line.removeprefix("## ") for line in text.splitlines() if line.startswith("## ")] == chapters
+    assert all(f">{chapter}</h2>" in page for chapter in chapters)
+
+
+def test_eval_goes_on_where_it_died(
+    study: dict[str, Any], report: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in the second checkpoint's classification: what was finished by then is not measured again."""
+    real = evaluation.score_classification
+    output = str(tmp_path / "eval")
+
+    def die(model: Any, *rest: Any) -> dict[str, Any]:
+        if model.config.training_stage == "sft":
+            raise KeyboardInterrupt
+        return real(model, *rest)
+
+    with monkeypatch.context() as planted:
+        planted.setattr(evaluation, "score_classification", die)
+        with pytest.raises(KeyboardInterrupt):
+            run_eval(study, output_dir=output, decoding=None)
+    parts = tmp_path / "eval/parts"
+    finished = {file: file.stat().st_mtime_ns for file in parts.iterdir()}
+    assert len(finished) == 7 + 5  # six parts and what the model is; four and that
+    assert not (tmp_path / "eval/report.md").exists()
+    run_eval(study, output_dir=output, decoding=None)
+    assert {file: file.stat().st_mtime_ns for file in finished} == finished
+    for record, whole in zip(
+        *(read_results(place)["checkpoints"] for place in (tmp_path / "eval", report)), strict=True
+    ):
+        assert record == {key: value for key, value in whole.items() if key != "decoding"}
+
+
+def test_eval_of_some_parts_that_were_measured_before(
+    study: dict[str, Any], report: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `--parts documents prompts` on the command line: the same figures, and no model is loaded for them."""
+    shutil.copytree(report / "parts", tmp_path / "eval/parts")
+    recipe = tmp_path / "eval.yaml"
+    recipe.write_text(yaml.safe_dump(study | {"output_dir": str(tmp_path / "eval")}), encoding="utf-8")
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    mini_qwen_eval.main(["--config", str(recipe), "--parts", "documents", "prompts"])
+    for record, whole in zip(
+        *(read_results(place)["checkpoints"] for place in (tmp_path / "eval", report)), strict=True
+    ):
+        assert {"bits_per_byte", "answers", "prompt_manners"} <= set(record)
+        assert not {"rouge_l", "preference_accuracy", "choices", "classification", "decoding"} & set(record)
+        assert record.items() <= whole.items()
+    text = (tmp_path / "eval/report.md").read_text(encoding="utf-8")
+    assert "## Answers" in text and "## Decoding" not in text and "## Multiple choice" not in text
+
+
+BAD_STUDIES: dict[str, tuple[dict[str, Any], str]] = {
+    "no such part": ({"parts": ["speed"]}, r"no part 'speed' of an evaluation\. There are documents, questions"),
+    "a part without files": ({"parts": ["choices"], "choices": {}}, r"part 'choices' is asked for, but .* nothing"),
+    "an empty prompt file": (
+        {"prompts": ["TMP/empty.txt"]},
+        r"prompt file '.*empty\.txt' is empty\. Write one prompt",
+    ),
+    "a missing prompt file": ({"prompts": ["TMP/gone.txt"]}, r"no data at '.*gone\.txt'"),
+    "no tokenizer": (
+        {"checkpoints": ["TMP/pt"]},
+        r"'.*pt' is not a checkpoint: it lacks tokenizer\.json.*Name the folder",
+    ),
+    "no checkpoint": ({"checkpoints": ["TMP"]}, r"is not a checkpoint: it lacks config\.json, tokenizer\.json"),
+    "other documents": ({"documents": ["TMP/rows.jsonl"]}, r"rows\.jsonl lacks the column 'text'\. It has: other"),
+    "no answers": ({"questions": ["TMP/rows.jsonl"]}, r"rows\.jsonl lacks the column 'question' \+ 'answer'"),
+    "no pairs": ({"preferences": ["TMP/rows.jsonl"]}, r"rows\.jsonl lacks the column 'chosen' \+ 'rejected'"),
+    "no options": ({"choices": {"x": {"questions": "TMP/rows.jsonl"}}}, r"rows\.jsonl lacks the column 'question'"),
+    "no passages": ({"classification": {"x": {"files": ["TMP/rows.jsonl"]}}}, r"rows\.jsonl lacks the column 'text'"),
+    "no sample": ({"decoding": {"samples": 0}}, r"decoding: samples is 0"),
+    "a wrong key of a part": ({"decoding": {"sample": 2}}, r"decoding\.sample.*is 2 in .*bad\.yaml"),
+    "no token": ({"max_new_tokens": 0}, r"max_new_tokens is 0, but must be 1 or more"),
+    "no batch": ({"batch_size": 0}, r"batch_size is 0, but must be 1 or more"),
+    "nothing to score": ({"max_length": 1}, r"max_length is 1, but must be 2 or more"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_STUDIES)
+def test_eval_refuses_bad_input_before_a_model_is_loaded(
+    study: dict[str, Any], road: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    """Named with its file; nothing is written."""
+    values, message = BAD_STUDIES[case]
+    (tmp_path / "empty.txt").write_text("\n")
+    save_rows(tmp_path / "rows.jsonl", [{"other": "x"}])
+    shutil.copytree(road / "pt", tmp_path / "pt", ignore=shutil.ignore_patterns("tokenizer.json", "checkpoint-*"))
+    recipe = tmp_path / "bad.yaml"
+    written = study | {"output_dir": str(tmp_path / "eval")} | values
+    recipe.write_text(yaml.safe_dump(written).replace("TMP", str(tmp_path)), encoding="utf-8")
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    with pytest.raises(SystemExit, match=message):
+        mini_qwen_eval.main(["--config", str(recipe)])
     assert not (tmp_path / "eval").exists()

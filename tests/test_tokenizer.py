@@ -12,7 +12,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mini_qwen import encoding
 from mini_qwen.chat import TEMPLATE
-from mini_qwen.tokenizer import CONTROL_TOKENS, bytes_per_token, load_tokenizer, train_tokenizer
+from mini_qwen.tokenizer import (
+    CONTROL_TOKENS,
+    bytes_per_token,
+    count_bytes,
+    count_characters,
+    load_tokenizer,
+    train_tokenizer,
+)
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
@@ -159,3 +166,26 @@ def test_bytes_per_token(tokenizer: PreTrainedTokenizerBase) -> None:
     texts = ["Anna lives in a small house.", "小明住在河边。"]
     num_tokens = sum(map(len, encode_text(tokenizer, texts)))
     assert bytes_per_token(tokenizer, texts) == (28 + 21) / num_tokens
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes", "num_characters"),
+    [("cat", 3, 3), ("小明", 6, 2), ("é", 2, 1), ("🙂", 4, 1), ("a小🙂é\n ", 12, 6), ("", 0, 0), ("👩‍👧", 11, 3)],
+)
+def test_bytes_and_characters_of_tokens(
+    tokenizer: PreTrainedTokenizerBase, text: str, num_bytes: int, num_characters: int
+) -> None:
+    """However the text is cut into tokens; the end token is none of it."""
+    for each in (tokenizer, train_tokenizer(["x"], 259)):
+        (ids,) = encode_text(each, [text])
+        for row in (ids, [*ids, each.eos_token_id]):
+            assert (count_bytes(each, row), count_characters(each, row)) == (num_bytes, num_characters)
+
+
+def test_a_cut_inside_a_character() -> None:
+    """It counts for the part that holds its first byte, so that the parts of a text add up."""
+    bytes_alone = train_tokenizer(["x"], 259)
+    (ids,) = encode_text(bytes_alone, ["a小🙂"])  # 1 + 3 + 4 bytes
+    assert [count_characters(bytes_alone, ids[:cut]) for cut in range(9)] == [0, 1, 2, 2, 2, 3, 3, 3, 3]
+    assert [count_characters(bytes_alone, ids[cut:]) for cut in range(9)] == [3, 2, 1, 1, 1, 0, 0, 0, 0]
+    assert [count_bytes(bytes_alone, ids[:cut]) for cut in range(9)] == list(range(9))
