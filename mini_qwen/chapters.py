@@ -147,12 +147,12 @@ def choices_chapter(named: Named) -> list[Part]:
     for name in tasks(named, "choices"):
         results = {label: record["choices"][name] for label, record in named.items()}
         parts += make_table(results, columns, f"{name}: the option with the highest log-probability, by lm-eval.")
-        subjects = list(next(iter(results.values()))["subjects"])
+        subjects = list(dict.fromkeys(subject for result in results.values() for subject in result["subjects"]))
         if len(subjects) > 1:
+            shares = [[result["subjects"].get(subject) for result in results.values()] for subject in subjects]
             rows = [
-                [subject, *(f"{result['subjects'][subject]['accuracy']:.1%}" for result in results.values())]
-                for subject in subjects
-                if all(subject in result["subjects"] for result in results.values())
+                [subject, *("" if share is None else f"{share['accuracy']:.1%}" for share in row)]
+                for subject, row in zip(subjects, shares, strict=True)
             ]
             parts.append(Table(["subject", *results], rows, f"{name}, by subject."))
     if parts:

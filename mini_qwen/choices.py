@@ -2,6 +2,7 @@
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,8 @@ def check_choices(tasks: dict[str, ChoiceTask]) -> None:
     Raises SystemExit for a file that is missing, empty, unreadable or lacks a column, a row that is no question, a
     label outside its options, and a subject with fewer shots than `num_shots`.
     """
+    if tasks and find_spec("lm_eval") is None:
+        raise SystemExit("'choices' is scored through lm-eval, which is not installed: pip install -e '.[harness]'")
     for name, task in tasks.items():
         if task.num_shots < 0 or (task.num_shots and not task.shots):
             raise SystemExit(

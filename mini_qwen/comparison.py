@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from pydantic import ConfigDict
 
+from mini_qwen.metrics import standard_error
 from mini_qwen.pairs import reward_accuracy
 
 STAGES = ("pt", "sft", "dpo")
@@ -95,7 +96,8 @@ def compared_figures(record: Record) -> list[Figure]:
     manners = record if "repetition_4gram" in record else record.get("prompt_manners", {})
     if manners:
         figures.append(Figure("4-gram repetition of answers", manners["repetition_4gram"], "repetition"))
-        figures.append(Figure("answers that stop", manners["stop_rate"], "accuracy"))
+        error = standard_error(manners["stop_rate"], manners["num_answers"])
+        figures.append(Figure("answers that stop", manners["stop_rate"], "accuracy", error))
     for key in sorted(key for key in record if key.startswith("accuracy_")):
         group = key.removeprefix("accuracy_")
         name = f"exact match, {group.replace('_', ' ')}"

@@ -33,6 +33,8 @@ class DecodingGrid:
             raise SystemExit(f"decoding: samples is {self.samples}; each prompt needs one answer at least.")
         if self.max_new_tokens < 1:
             raise SystemExit(f"decoding: max_new_tokens is {self.max_new_tokens}; an answer needs one token at least.")
+        if 0 in self.temperatures:
+            raise SystemExit("decoding: temperature 0, the most likely tokens, is always measured; leave it out.")
         try:
             drawn = [Sampling(temperature, top_p) for temperature, top_p in product(self.temperatures, self.top_ps)]
             drawn += [Sampling(temperature=1.0, top_k=top_k) for top_k in self.top_ks]
@@ -61,5 +63,5 @@ def run_grid(
             "top_k": sampling.top_k,
             "num_beams": sampling.num_beams,
         }
-        cells.append(setting | {"num_answers": len(answers)} | manners(answers))
+        cells.append(setting | manners(answers))
     return cells

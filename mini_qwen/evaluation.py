@@ -84,6 +84,8 @@ def make_parts(args: EvalData) -> list[Part]:
             raise SystemExit(f"{key} is {getattr(args, key)}, but must be {least} or more.")
     for checkpoint in args.checkpoints:
         check_checkpoint(checkpoint)
+        if args.checkpoints.count(checkpoint) > 1:
+            raise SystemExit(f"The checkpoint '{checkpoint}' is named twice. Name each once.")
     for paths, columns in [
         (args.documents, [["text"]]),
         (args.unigram_documents, [["text"]]),

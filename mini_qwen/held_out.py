@@ -63,14 +63,20 @@ def document_rows(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], leng
 
 
 def read_texts(files: list[str]) -> list[str]:
-    """The texts of all rows. Raises SystemExit when there is none, and for one that is no text."""
-    rows = [row for row in read_rows(find_files(files), ["text"]) if row.values.get("text")]
-    wrong = [row for row in rows if not isinstance(row.values["text"], str)]
-    if wrong:
-        raise SystemExit(f"{wrong[0].place}: 'text' is {wrong[0].values['text']!r}, but must be text.")
-    texts = [row.values["text"] for row in rows]
+    """The texts of all rows; those without one are counted and said.
+
+    Raises SystemExit when there is none, and for one that is no text.
+    """
+    texts, empty = [], []
+    for row in read_rows(find_files(files), ["text"]):
+        if row.values.get("text"):
+            texts.append(row.text("text"))
+        else:
+            empty.append(f"{row.place} ({row.fault or 'no text'})")
     if not texts:
         raise SystemExit(f"There is no text in {', '.join(files)}: no row has anything under 'text'.")
+    if empty:
+        print(f"documents: {len(empty):,} rows without a text are left out, the first {empty[0]}")
     return texts
 
 

@@ -15,6 +15,7 @@ def manners(answers: Sequence[Answer]) -> dict[str, float]:
     `distinct_2`: distinct pairs of neighbours among all pairs, over all answers together.
     """
     return {
+        "num_answers": len(answers),
         "stop_rate": fmean(answer.stopped for answer in answers),
         "answer_length": fmean(len(answer.ids) for answer in answers),
         "repetition_4gram": fmean(repetition_rate(answer.ids) for answer in answers),

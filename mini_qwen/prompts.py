@@ -22,10 +22,15 @@ def read_prompts(items: list[str]) -> list[str]:
             continue
         found = []
         for row in read_rows(find_files([item]), list(COLUMNS)):
-            values = [row.values[name] for name in COLUMNS if row.values.get(name)]
-            text = values[0][0] if values and isinstance(values[0], list) else values[0] if values else None
-            if not isinstance(text, str) or not text.strip():
+            names = [name for name in COLUMNS if row.values.get(name)]
+            if not names and row.fault is None:
                 raise SystemExit(f"{row.place} has no prompt: put a text under one of {', '.join(COLUMNS)}.")
+            name = names[0] if names else COLUMNS[0]
+            value = row.values.get(name)
+            first = {name: value[0]} if isinstance(value, list) else {name: value}
+            text = row._replace(values=first).text(name)
+            if not text.strip():
+                raise SystemExit(f"{row.place} has no prompt: '{name}' is blank.")
             found.append(text)
         if not found:
             raise SystemExit(f"The prompt file '{item}' is empty. Write one prompt a line into it.")

@@ -27,13 +27,10 @@ def read_questions(files: list[str]) -> list[Question]:
     """
     questions = []
     for row in read_rows(find_files(files), ["question", "answer", "group"]):
-        for name in ("question", "answer"):
-            if not isinstance(row.values.get(name), str):
-                raise SystemExit(f"{row.place}: '{name}' is {row.values.get(name)!r}, but must be text.")
-        if not row.values["question"].strip():
-            raise SystemExit(f"{row.place}: 'question' is {row.values['question']!r}, but must be text to answer.")
-        group = str(row.values.get("group") or "all")
-        questions.append(Question(row.values["question"], row.values["answer"], group))
+        text, answer = row.text("question"), row.text("answer")
+        if not text.strip():
+            raise SystemExit(f"{row.place}: 'question' is {text!r}, but must be text to answer.")
+        questions.append(Question(text, answer, str(row.values.get("group") or "all")))
     if not questions:
         raise SystemExit(f"There is no question in {', '.join(files)}.")
     return questions

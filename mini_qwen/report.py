@@ -63,14 +63,14 @@ def write_report(args: EvalData, records: list[Record], circumstances: dict[str,
 
 
 def training_facts(checkpoint: Path) -> dict[str, Any]:
-    """Steps, trained tokens, seconds and last loss, from the records beside the checkpoint where there are any."""
+    """Steps, seconds and last loss, from the records beside the checkpoint where there are any."""
     facts: dict[str, Any] = {}
     if (checkpoint / "trainer_state.json").is_file():
         state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
         facts |= {"steps": state["global_step"], "last_loss": losses[-1] if losses else None}
     if (checkpoint / "run.json").is_file():
-        facts["seconds"] = json.loads((checkpoint / "run.json").read_text(encoding="utf-8"))["seconds"]
+        facts["seconds"] = json.loads((checkpoint / "run.json").read_text(encoding="utf-8")).get("seconds")
     return facts
 
 

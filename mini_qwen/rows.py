@@ -30,6 +30,17 @@ class Row(NamedTuple):
     def place(self) -> str:
         return f"{self.file}, row {self.number}"
 
+    def text(self, name: str) -> str:
+        """What stands under `name`. Raises SystemExit for a row that cannot be read, and for what is no text."""
+        if self.fault is not None:
+            raise SystemExit(f"{self.place} cannot be read: {self.fault}. Correct this row, or take it out.")
+        value = self.values.get(name)
+        if not isinstance(value, str):
+            raise SystemExit(f"{self.place}: '{name}' is {value!r}, but must be text.")
+        if not value.isascii() and value.encode(errors="replace").decode() != value:
+            raise SystemExit(f"{self.place}: '{name}' is {value[:40]!r}, which is not valid Unicode. Correct it.")
+        return value
+
 
 def read_rows(files: list[Path], columns: list[str] | None) -> Iterator[Row]:
     """Yield every row's values of those `columns` that its file has (None: all); others are never read.

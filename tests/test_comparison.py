@@ -67,15 +67,27 @@ def test_bits_may_rise_by_a_share_of_the_parents(after: float, is_worse: bool) -
 
 @pytest.mark.parametrize(("after", "is_worse"), [(0.0, False), (0.149, False), (0.151, True)])
 def test_repetition_may_rise_by_so_much(after: float, is_worse: bool) -> None:
-    before = {"repetition_4gram": 0.1, "stop_rate": 1.0}
+    before = {"repetition_4gram": 0.1, "stop_rate": 1.0, "num_answers": 10_000}
     change = changes(before, before | {"repetition_4gram": after})["4-gram repetition of answers"]
     assert change.limit == pytest.approx(0.15)
     assert change.is_worse == is_worse
 
 
 def test_limits_are_those_of_the_recipe() -> None:
-    before = {"bits_per_byte": 2.0, "repetition_4gram": 0.1, "stop_rate": 0.9, **accuracy(0.5, 0.0)}
-    after = {"bits_per_byte": 2.3, "repetition_4gram": 0.25, "stop_rate": 0.8, **accuracy(0.4, 0.0)}
+    before = {
+        "bits_per_byte": 2.0,
+        "repetition_4gram": 0.1,
+        "stop_rate": 0.9,
+        "num_answers": 10_000,
+        **accuracy(0.5, 0.0),
+    }
+    after = {
+        "bits_per_byte": 2.3,
+        "repetition_4gram": 0.25,
+        "stop_rate": 0.8,
+        "num_answers": 10_000,
+        **accuracy(0.4, 0.0),
+    }
     assert all(change.is_worse for change in changes(before, after).values())
     assert len(changes(before, after)) == 4
     wide = Limits(bits=0.2, repetition=0.2, accuracy=0.2)
@@ -92,18 +104,18 @@ CHOICE = {"accuracy": 0.4, "standard_error": 0.1}
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "bits": ({"bits_per_byte": 1.0}, {"bits_per_byte": 1.1}, "bits per byte of held-out documents"),
     "repetition": (
-        {"repetition_4gram": 0.0, "stop_rate": 1.0},
-        {"repetition_4gram": 0.1, "stop_rate": 1.0},
+        {"repetition_4gram": 0.0, "stop_rate": 1.0, "num_answers": 10_000},
+        {"repetition_4gram": 0.1, "stop_rate": 1.0, "num_answers": 10_000},
         "4-gram repetition of answers",
     ),
     "stopping": (
-        {"repetition_4gram": 0.0, "stop_rate": 1.0},
-        {"repetition_4gram": 0.0, "stop_rate": 0.9},
+        {"repetition_4gram": 0.0, "stop_rate": 1.0, "num_answers": 10_000},
+        {"repetition_4gram": 0.0, "stop_rate": 0.9, "num_answers": 10_000},
         "answers that stop",
     ),
     "stopping after prompts": (
-        {"prompt_manners": {"repetition_4gram": 0.0, "stop_rate": 1.0}},
-        {"prompt_manners": {"repetition_4gram": 0.0, "stop_rate": 0.9}},
+        {"prompt_manners": {"repetition_4gram": 0.0, "stop_rate": 1.0, "num_answers": 10_000}},
+        {"prompt_manners": {"repetition_4gram": 0.0, "stop_rate": 0.9, "num_answers": 10_000}},
         "answers that stop",
     ),
     "questions": (accuracy(0.9, 0.0), accuracy(0.8, 0.0), "exact match, facts"),
@@ -163,7 +175,8 @@ def test_questions_speak_for_the_manners_where_there_are_any() -> None:
     figures = {
         "repetition_4gram": 0.2,
         "stop_rate": 0.5,
-        "prompt_manners": {"repetition_4gram": 0.9, "stop_rate": 0.9},
+        "num_answers": 10_000,
+        "prompt_manners": {"repetition_4gram": 0.9, "stop_rate": 0.9, "num_answers": 10_000},
     }
     assert {figure.value for figure in compared_figures(record("a", **figures))} == {0.2, 0.5}
 

@@ -17,6 +17,7 @@ def test_figures_by_hand() -> None:
     """
     assert manners([TWICE, SHORT]) == pytest.approx(
         {
+            "num_answers": 2,
             "stop_rate": 1 / 2,
             "answer_length": 5.0,
             "repetition_4gram": (2 / 5 + 0) / 2,
@@ -29,6 +30,7 @@ def test_figures_by_hand() -> None:
 def test_empty_answers_repeat_nothing() -> None:
     figures = manners([EMPTY])
     assert figures == {
+        "num_answers": 1,
         "stop_rate": 1.0,
         "answer_length": 0.0,
         "repetition_4gram": 0.0,

@@ -89,7 +89,9 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 )
 def test_a_row_without_a_prompt_is_named_with_the_cure(write_rows: WriteRows, row: dict[str, Any]) -> None:
     file = write_rows("p.jsonl", [{"prompt": "Where?"}, row])
-    with pytest.raises(SystemExit, match=r"p\.jsonl, row 1 has no prompt: put a text under one of prompt, question"):
+    with pytest.raises(
+        SystemExit, match=r"p\.jsonl, row 1(: '\w+' is .*, but must be text| has no prompt: put a text under one of)"
+    ):
         read_prompts([str(file)])
 
 

@@ -76,6 +76,7 @@ PT: dict[str, Any] = {
     "rouge_l": 0.678,
     "num_questions": 99,
     "stop_rate": 0.996,
+    "num_answers": 1000,
     "answer_length": 17.25,
     "repetition_4gram": 0.0313,
     "repetition_near": 0.0042,

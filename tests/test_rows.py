@@ -331,3 +331,21 @@ def test_a_file_without_rows_has_no_columns_to_lack(tmp_path: Path) -> None:
     for name, content in [("a.jsonl", ""), ("b.json", "[]"), ("c.csv", "content\n"), ("d.txt", "\n")]:
         (tmp_path / name).write_text(content, encoding="utf-8")
     assert read_all(sorted(tmp_path.iterdir())) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"text": 5}', "'text' is 5"),
+        ('{"other": "a"}', "'text' is None"),
+        ('{"text": "a \\ud83d b"}', "not valid Unicode"),
+        ('{"text": ', "row 1 cannot be read: not valid JSON"),
+    ],
+)
+def test_text_that_is_asked_of_a_row_is_text(tmp_path: Path, line: str, words: str) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "小明 ok 🙂"}\n' + line + "\n", encoding="utf-8")
+    good, bad = read_rows([file], ["text"])
+    assert good.text("text") == "小明 ok 🙂"
+    with pytest.raises(SystemExit, match=words):
+        bad.text("text")
