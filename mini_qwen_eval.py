@@ -16,11 +16,12 @@ import time
 
 from transformers.utils import logging
 
-from mini_qwen.circumstances import circumstances
+from mini_qwen.circumstances import circumstances, device_name
 from mini_qwen.evaluation import EvalData, evaluate, load_checkpoint
 from mini_qwen.generation import talk
 from mini_qwen.recipe import parse_recipe
 from mini_qwen.report import write_report
+from mini_qwen.training import choose_precision
 from mini_qwen.watch import call_when_orphaned, end_as_orphan
 
 
@@ -36,7 +37,8 @@ def main(argv: list[str] | None = None) -> None:
 
     started = time.time()
     records = evaluate(args)
-    print(write_report(args, records, circumstances(started)))
+    where = {"device": device_name(), "precision": choose_precision()}
+    print(write_report(args, records, circumstances(started) | where))
 
 
 if __name__ == "__main__":

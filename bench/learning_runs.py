@@ -96,22 +96,18 @@ def train(run: Run, folder: Path, corpus: str, eval_every: int) -> None:
     with (folder / "log").open("w", encoding="utf-8") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
+    keys: Facts = {"output_dir": folder / "run", "cache_dir": folder.parent / "cache", "seed": run.seed}
+    keys |= {"max_steps": run.steps, "eval_strategy": "steps", "eval_steps": eval_every, "save_strategy": "no"}
     # The recipe's seed would also decide what is held out; here that is the same for all seeds.
     mini_qwen_pt.prepare_documents = lambda data, tokenizer, _: prepare_documents(data, tokenizer, DATA_SEED)
-    keys = {"config": ROOT / "recipes/small/pt.yaml", "output_dir": folder / "run", "train_files": corpus}
-    keys |= dict(zip(SIZE_KEYS, SIZES[run.size], strict=True))
-    keys |= {"max_steps": run.steps, "seed": run.seed, "eval_rows": 200, "eval_strategy": "steps"}
-    keys |= {
-        "eval_steps": eval_every,
-        "logging_steps": 10,
-        "save_strategy": "no",
-        "cache_dir": folder.parent / "cache",
-    }
-    mini_qwen_pt.main([word for key, value in (keys | run.keys).items() for word in (f"--{key}", to_word(value))])
+    keys |= {"config": ROOT / "recipes/small/pt.yaml", "train_files": corpus, "eval_rows": 200, "logging_steps": 10}
+    mini_qwen_pt.main(to_words(keys | dict(zip(SIZE_KEYS, SIZES[run.size], strict=True)) | run.keys))
 
 
-def to_word(value: Any) -> str:
-    return json.dumps(value) if isinstance(value, dict) else str(value)
+def to_words(keys: Facts) -> list[str]:
+    """As on the command line."""
+    texts = {key: json.dumps(value) if isinstance(value, dict) else str(value) for key, value in keys.items()}
+    return [word for key, text in texts.items() for word in (f"--{key}", text)]
 
 
 def read_facts(run: Run, output_dir: Path) -> Facts:

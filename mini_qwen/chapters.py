@@ -30,6 +30,8 @@ DOCUMENT_COLUMNS: Columns = {
     "chinese_bits_per_character": ("Chinese, bits/character", "{:.3f}"),
     "scored_tokens": ("tokens", "{:,}"),
     "scored_bytes": ("bytes", "{:,}"),
+    "num_documents": ("documents", "{:,}"),
+    "num_documents_cut": ("cut", "{:,}"),
     "chinese_characters": ("Chinese characters", "{:,}"),
 }
 MANNERS: Columns = {
@@ -42,8 +44,8 @@ MANNERS: Columns = {
 
 
 CORRECTIONS = (
-    "Length-corrected: log-probability by the option's length. Prior-corrected: less the option's log-probability "
-    "where no question stands before it; where an option is a whole fact, that takes away what the model knows too."
+    "Without the question: the option that is likeliest where no question stands before it; far above chance, the "
+    "options alone give the answer away. Prior-corrected: less that log-probability. Length-corrected: by the length."
 )
 
 
@@ -91,11 +93,11 @@ def forgetting_chapter(named: Named, changes: list[Change]) -> list[Part]:
         return []
     label = {record["checkpoint"]: name for name, record in named.items()}
     rows = [
-        [label[change.parent], label[change.checkpoint], change.figure, f"{change.before:.3f}", f"{change.after:.3f}"]
-        + [f"{change.limit:.3f}", "regressed" if change.is_worse else ""]
+        [label[change.parent], label[change.checkpoint], change.figure, "regressed" if change.is_worse else ""]
+        + [f"{value:.3f}" for value in (change.before, change.after, change.limit)]
         for change in changes
     ]
-    header = ["parent", "stage", "figure", "before", "after", "limit", ""]
+    header = ["parent", "stage", "figure", "", "before", "after", "limit"]
     caption = "What each stage did to the one it was trained from. A figure beyond its limit has regressed."
     return [Table(header, rows, caption)]
 
@@ -136,12 +138,14 @@ def choices_chapter(named: Named) -> list[Part]:
         "accuracy": ("accuracy", "{:.1%}"),
         "standard_error": ("±", "{:.1%}"),
         "chance": ("chance", "{:.1%}"),
+        "accuracy_without_question": ("without the question", "{:.1%}"),
         "accuracy_length_corrected": ("length-corrected", "{:.1%}"),
         "accuracy_prior_corrected": ("prior-corrected", "{:.1%}"),
         "macro_accuracy": ("mean of subjects", "{:.1%}"),
         "num_questions": ("questions", "{:,}"),
         "num_shots_dropped": ("shots dropped", "{:,}"),
         "num_too_long": ("too long", "{:,}"),
+        "num_without_text": ("option empty", "{:,}"),
     }
     parts: list[Part] = []
     for name in tasks(named, "choices"):

@@ -80,6 +80,7 @@ def score_choices(
 
         accuracy                     the option with the highest log-probability, as lm-eval counts it
         accuracy_length_corrected    log-probability by the characters of the option (lm-eval's acc_norm)
+        accuracy_without_question    by the log-probability of the option after the bare word "Answer:" alone
         accuracy_prior_corrected     less that of the option after the bare word "Answer:"; see `choose`
         chance                       mean of 1 / number of options
 
@@ -137,16 +138,18 @@ def summarize(fitted: Fitted, results: "Results", before: list[list[Score]]) -> 
     """Figures that json can hold, of the outcome for each of the fitted questions."""
     num = len(fitted.questions)
     by_subject = defaultdict[str, list[bool]](list)
-    by_prior = []
+    by_prior, without_question = [], []
     for question, right, scores, prior in zip(fitted.questions, results.right, results.scores, before, strict=True):
         by_subject[question.subject].append(right)
         by_prior.append(choose(scores, prior=prior) == question.right)
+        without_question.append(choose(prior) == question.right)
     accuracy = results.accuracy
     return {
         "accuracy": accuracy,
         "standard_error": None if accuracy is None else standard_error(accuracy, num),
         "accuracy_length_corrected": results.accuracy_by_length,
         "accuracy_prior_corrected": fmean(by_prior) if num else None,
+        "accuracy_without_question": fmean(without_question) if num else None,
         "chance": fmean(1 / len(question.options) for question in fitted.questions) if num else None,
         "macro_accuracy": fmean(fmean(flags) for flags in by_subject.values()) if num else None,
         "num_questions": num,

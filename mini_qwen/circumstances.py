@@ -17,8 +17,11 @@ PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "deepspeed
 
 
 def describe_device(args: TrainingArguments) -> str:
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
-    return f"{args.world_size} x {name}"
+    return f"{args.world_size} x {device_name()}"
+
+
+def device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
 
 
 def versions() -> dict[str, str]:

@@ -23,7 +23,7 @@ class Limits:
 
     bits: float = 0.05  # rise of the bits per byte, as a share of the parent's
     repetition: float = 0.05  # rise of a share
-    accuracy: float = 0.02  # fall of a share; and no less than two standard errors of the difference
+    accuracy: float = 0.02  # fall of a share; like the repetition no less than two standard errors of the difference
 
 
 class Change(NamedTuple):
@@ -48,15 +48,16 @@ class Figure(NamedTuple):
 def find_parents(records: list[Record]) -> dict[str, str]:
     """The checkpoint that each was trained from, where that is among those evaluated.
 
-    run.json beside a checkpoint says it. Where that file is missing, or names a folder that is not evaluated, the
-    nearest checkpoint before it in the list that is of an earlier stage.
+    run.json beside a checkpoint says it; one that names a folder that is not evaluated has no parent here. Where
+    nothing is said, the nearest checkpoint before it in the list that is of an earlier stage.
     """
     places = {Path(record["checkpoint"]).resolve(): record["checkpoint"] for record in records}
     parents = {}
     for number, record in enumerate(records):
         named = read_parent(Path(record["checkpoint"]))
-        if named is not None and named.resolve() in places:
-            parents[record["checkpoint"]] = places[named.resolve()]
+        if named is not None:
+            if named.resolve() in places:
+                parents[record["checkpoint"]] = places[named.resolve()]
             continue
         earlier = [other for other in records[:number] if is_earlier(other["stage"], record["stage"])]
         if earlier:
@@ -95,8 +96,11 @@ def compared_figures(record: Record) -> list[Figure]:
         figures.append(Figure("bits per byte of held-out documents", record["bits_per_byte"], "bits"))
     manners = record if "repetition_4gram" in record else record.get("prompt_manners", {})
     if manners:
-        figures.append(Figure("4-gram repetition of answers", manners["repetition_4gram"], "repetition"))
-        error = standard_error(manners["stop_rate"], manners["num_answers"])
+        error = manners["repetition_standard_error"]
+        figures.append(Figure("4-gram repetition of answers", manners["repetition_4gram"], "repetition", error))
+        # With one answer more of each kind: that all of a few stop does not mean that all ever would.
+        num = manners["num_answers"] + 2
+        error = standard_error((manners["stop_rate"] * manners["num_answers"] + 1) / num, num)
         figures.append(Figure("answers that stop", manners["stop_rate"], "accuracy", error))
     for key in sorted(key for key in record if key.startswith("accuracy_")):
         group = key.removeprefix("accuracy_")
@@ -134,11 +138,11 @@ def compare(records: list[Record], parents: dict[str, str], limits: Limits) -> l
 
 
 def judge(checkpoint: str, parent: str, before: Figure, after: Figure, limits: Limits) -> Change:
+    noise = 2 * math.hypot(before.standard_error, after.standard_error)
     if after.kind == "accuracy":
-        noise = 2 * math.hypot(before.standard_error, after.standard_error)
         limit = max(0.0, before.value - max(limits.accuracy, noise))
         return Change(checkpoint, parent, after.name, before.value, after.value, limit, after.value < limit)
-    rise = limits.repetition if after.kind == "repetition" else limits.bits * before.value
+    rise = max(limits.repetition, noise) if after.kind == "repetition" else limits.bits * before.value
     limit = before.value + rise
     is_worse = after.value > limit or math.isnan(after.value)  # as of a checkpoint whose weights are no numbers
     return Change(checkpoint, parent, after.name, before.value, after.value, limit, is_worse)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from mini_qwen.choices import check_choices, score_choices
 from mini_qwen.classification import score_classification
@@ -84,6 +84,7 @@ def make_parts(args: EvalData) -> list[Part]:
             raise SystemExit(f"{key} is {getattr(args, key)}, but must be {least} or more.")
     for checkpoint in args.checkpoints:
         check_checkpoint(checkpoint)
+        load_tokenizer(checkpoint)
         if args.checkpoints.count(checkpoint) > 1:
             raise SystemExit(f"The checkpoint '{checkpoint}' is named twice. Name each once.")
     for paths, columns in [
@@ -113,7 +114,7 @@ def make_parts(args: EvalData) -> list[Part]:
             "documents",
             [args.documents, args.unigram_documents, length],
             args.documents + args.unigram_documents if args.documents else [],
-            lambda *loaded: score_documents(*loaded, args.documents, args.unigram_documents, length),
+            lambda *loaded: score_documents(*loaded, args.documents, args.unigram_documents, fitting(*loaded, length)),
         ),
         Part(
             "questions",
@@ -125,7 +126,7 @@ def make_parts(args: EvalData) -> list[Part]:
             "preferences",
             [args.preferences, length],
             args.preferences,
-            lambda *loaded: score_preferences(*loaded, args.preferences, length),
+            lambda *loaded: score_preferences(*loaded, args.preferences, fitting(*loaded, length)),
         ),
         Part(
             "choices",
@@ -138,7 +139,9 @@ def make_parts(args: EvalData) -> list[Part]:
             [{name: asdict(task) for name, task in args.classification.items()}, length, args.seed],
             class_files,
             lambda *loaded: {
-                "classification": score_classification(*loaded, args.classification, length, batch, args.seed)
+                "classification": score_classification(
+                    *loaded, args.classification, fitting(*loaded, length), batch, args.seed
+                )
             },
         ),
         Part("prompts", [prompts, answer], [], answer_prompts),
@@ -152,7 +155,14 @@ def make_parts(args: EvalData) -> list[Part]:
     wanted = {part.name for part in parts if part.files}
     wanted |= {"prompts"} if prompts else set()
     wanted |= {"decoding"} if prompts and args.decoding is not None else set()
+    if choose_precision() != "fp32":  # sums of half-precision numbers round differently in batches of other shapes
+        parts = [part._replace(settings=[part.settings, batch]) for part in parts]
     return choose_parts(parts, wanted, args.parts)
+
+
+def fitting(model: PreTrainedModel, _: PreTrainedTokenizerBase, length: int) -> int:
+    """The recipe's max_length, or the positions that this checkpoint has, where those are fewer."""
+    return min(length, model.config.max_position_embeddings)
 
 
 def choose_parts(parts: list[Part], possible: set[str], named: list[str] | None) -> list[Part]:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
-from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from mini_qwen.chat import encode_chat
 from mini_qwen.encoding import encode_text
@@ -13,15 +13,6 @@ from mini_qwen.sampling import Sampling
 from mini_qwen.schemas import Turn
 
 GREEDY = Sampling()
-# A checkpoint's generation_config.json may ask for sampling of its own; what is measured is decided here alone.
-NOTHING_FROM_THE_CHECKPOINT = {
-    "do_sample": False,
-    "temperature": None,
-    "top_p": None,
-    "top_k": None,
-    "repetition_penalty": 1.0,
-    "use_cache": True,
-}
 
 
 class Answer(NamedTuple):
@@ -75,8 +66,9 @@ def generate(
     for start in tqdm(range(0, len(order), batch_size), desc=desc, unit="batches", leave=False):
         chosen = order[start : start + batch_size]
         batch = tokenizer.pad({"input_ids": [prompts[index] for index in chosen]}, return_tensors="pt")
-        steps = sampling.processors([seeds[index] for index in chosen], max_new_tokens, tokenizer.pad_token_id)
-        output = continue_batch(model, batch["input_ids"], batch["attention_mask"], max_new_tokens, sampling, steps)
+        own = [seeds[index] for index in chosen]
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        output = continue_batch(model, tokenizer, ids, mask, max_new_tokens, sampling, own)
         for index, ids in zip(chosen, output.tolist(), strict=True):
             stopped = tokenizer.eos_token_id in ids
             ids = ids[: ids.index(tokenizer.eos_token_id)] if stopped else ids
@@ -86,22 +78,25 @@ def generate(
 
 def continue_batch(
     model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
     max_new_tokens: int,
     sampling: Sampling,
-    steps: LogitsProcessorList,
+    seeds: Sequence[int],
     streamer: TextStreamer | None = None,
 ) -> torch.Tensor:
     """The new tokens of each row, [B, <= max_new_tokens]; rows that have ended go on with pads."""
+    # A checkpoint's generation_config.json may ask for sampling and end tokens of its own; here it has no say.
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, num_beams=sampling.num_beams
+    )
     output = model.generate(
         input_ids.to(model.device),
         attention_mask=attention_mask.to(model.device),
-        logits_processor=steps,
+        logits_processor=sampling.processors(seeds, max_new_tokens, tokenizer.pad_token_id),
         max_new_tokens=max_new_tokens,
-        num_beams=sampling.num_beams,
         streamer=streamer,
-        **NOTHING_FROM_THE_CHECKPOINT,
     )
     return output[:, input_ids.shape[1] :]
 
@@ -119,6 +114,10 @@ def ask(
     """Answers to single questions, in the checkpoint's own manner: chat template or raw continuation."""
     chat = speaks_chat(model)
     prompts = [encode_prompt(tokenizer, [{"role": "user", "content": text}], chat) for text in texts]
+    beyond = sum(len(prompt) + max_new_tokens > model.config.max_position_embeddings for prompt in prompts)
+    if beyond:
+        limit = model.config.max_position_embeddings
+        print(f"{desc}: {beyond:,} prompts reach with their answers beyond the {limit:,} tokens of this checkpoint")
     return generate(model, tokenizer, prompts, max_new_tokens, batch_size, desc, sampling, seeds)
 
 
@@ -141,8 +140,8 @@ def talk(
     while text := read_line():
         turns.append({"role": "user", "content": text.replace("\\n", "\n")})
         prompt = torch.tensor([encode_prompt(tokenizer, turns, chat)])
-        steps = sampling.processors([seed], max_new_tokens, tokenizer.pad_token_id)
-        output = continue_batch(model, prompt, torch.ones_like(prompt), max_new_tokens, sampling, steps, streamer)
+        mask = torch.ones_like(prompt)
+        output = continue_batch(model, tokenizer, prompt, mask, max_new_tokens, sampling, [seed], streamer)
         answer = tokenizer.decode(output[0], skip_special_tokens=True).rstrip("\ufffd")
         turns.append({"role": "assistant", "content": answer})
 

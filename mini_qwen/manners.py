@@ -1,7 +1,7 @@
 """How answers behave, whatever they say: whether they end, how long they are, how much they repeat."""
 
 from collections.abc import Sequence
-from statistics import fmean
+from statistics import fmean, stdev
 
 from mini_qwen.generation import Answer
 from mini_qwen.metrics import distinct_n, repetition_rate, weighted_repetition
@@ -14,11 +14,13 @@ def manners(answers: Sequence[Answer]) -> dict[str, float]:
     4-grams that occur more than once in it. `repetition_near`: the same by distance, WnR with a window of 50.
     `distinct_2`: distinct pairs of neighbours among all pairs, over all answers together.
     """
+    repeated = [repetition_rate(answer.ids) for answer in answers]
     return {
         "num_answers": len(answers),
         "stop_rate": fmean(answer.stopped for answer in answers),
         "answer_length": fmean(len(answer.ids) for answer in answers),
-        "repetition_4gram": fmean(repetition_rate(answer.ids) for answer in answers),
+        "repetition_4gram": fmean(repeated),
+        "repetition_standard_error": stdev(repeated) / len(repeated) ** 0.5 if len(repeated) > 1 else 0.0,
         "repetition_near": fmean(weighted_repetition(answer.ids) for answer in answers),
         "distinct_2": distinct_n([answer.ids for answer in answers], 2),
     }

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config
 
 from mini_qwen.checkpoint import MANIFEST, verify
@@ -155,6 +156,13 @@ def check_checkpoint(path: str) -> None:
                 f"'{path}' is damaged: {reason}. Take another checkpoint or run its stage again; if you changed the "
                 f"file yourself, delete {MANIFEST}."
             ) from None
+        return
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):  # reads the header alone, which says how long the file is
+                pass
+        except SafetensorError as error:
+            raise SystemExit(f"{file} is damaged: {error}. Fetch it again, or take another checkpoint.") from None
 
 
 def settle(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stage: str) -> PreTrainedModel:

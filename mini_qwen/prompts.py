@@ -17,7 +17,7 @@ def read_prompts(items: list[str]) -> list[str]:
     """
     prompts: list[str] = []
     for item in items:
-        if "\n" in item or kind(Path(item)) not in KINDS:
+        if any(letter.isspace() for letter in item) or kind(Path(item)) not in KINDS:
             prompts.append(item)
             continue
         found = []

@@ -79,6 +79,8 @@ class SeededDraw(LogitsProcessor):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         cumulative = torch.softmax(scores.double(), dim=-1).cumsum(dim=-1)
+        if cumulative.isnan().any():
+            raise SystemExit("The model's logits are not finite. Take an earlier checkpoint, or a higher precision.")
         # Of the sum itself, which is 1 only up to rounding: a number above it would find no token.
         numbers = self.numbers[:, self.step, None].to(scores.device) * cumulative[:, -1:]
         self.step += 1

@@ -11,6 +11,7 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mini_qwen.cache import hash_of, source_hash
+from mini_qwen.chat import TEMPLATE
 from mini_qwen.checkpoint import MANIFEST
 from mini_qwen.files import find_files
 from mini_qwen.resumption import write_whole
@@ -64,6 +65,7 @@ class Study:
         data = [identity(file) for file in find_files(part.files)]
         circumstances = [choose_precision(), torch.cuda.is_available(), torch.__version__, transformers.__version__]
         source = source_hash(tuple(sorted(module.stem for module in Path(__file__).parent.glob("*.py"))))
+        source += hash_of(TEMPLATE)
         key = hash_of([identify_checkpoint(Path(checkpoint)), part.settings, data, circumstances, source])
         return self.folder / f"{self.stem(checkpoint, part)}-{key}.json"
 

@@ -1,4 +1,4 @@
-"""Muon under ZeRO-1 and ZeRO-2: DeepSpeed's own, with the rates and the decay of `torch.optim.Muon`."""
+"""Muon under ZeRO-2: DeepSpeed's own, with the rates and the decay of `torch.optim.Muon`."""
 
 import math
 from collections import defaultdict
@@ -8,14 +8,12 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-STAGES = (1, 2)  # in which DeepSpeed orthogonalizes while it fills a process's part of the gradients
-
 
 def why_not_here(args: TrainingArguments) -> str | None:
     """What stands in the way of Muon under DeepSpeed, and the cure; None when nothing does."""
     stage = args.deepspeed_plugin.zero_stage
-    if stage not in STAGES:
-        return f"the machine file's zero_stage is {stage}; set it to 2"
+    if stage != 2:
+        return f"the machine file's zero_stage is {stage}, and only 2 is tested with it; set it to 2"
     if args.max_grad_norm:
         return (
             f"max_grad_norm is {args.max_grad_norm}: DeepSpeed clips behind Muon's orthogonalization, where it would "

@@ -118,6 +118,7 @@ def test_accuracies_are_lm_evals_and_ours(
     questions, shots = read_questions([files[0]]), read_questions([files[1]])
     right: dict[str, list[bool]] = {"sums": [], "more_sums": []}
     by_prior, by_length = [], []
+    without_question: list[bool] = []
     for question in questions:
         own = [shot for shot in shots if shot.subject == question.subject][:2]
         prompt = make_prompt(task, question, own, chat)
@@ -129,6 +130,7 @@ def test_accuracies_are_lm_evals_and_ours(
 
         totals, before = score_after(prompt.text), score_after("Answer:")
         right[question.subject].append(totals.index(max(totals)) == question.right)
+        without_question.append(before.index(max(before)) == question.right)
         gains = [total - prior for total, prior in zip(totals, before, strict=True)]
         by_prior.append(gains.index(max(gains)) == question.right)
         shares = [total / len(option) for total, option in zip(totals, prompt.options, strict=True)]
@@ -138,6 +140,7 @@ def test_accuracies_are_lm_evals_and_ours(
     assert figures["accuracy"] == pytest.approx(accuracy)
     assert figures["standard_error"] == pytest.approx((accuracy * (1 - accuracy) / 7) ** 0.5)
     assert figures["accuracy_prior_corrected"] == pytest.approx(sum(by_prior) / 7)
+    assert figures["accuracy_without_question"] == pytest.approx(sum(without_question) / 7)
     assert figures["accuracy_length_corrected"] == pytest.approx(sum(by_length) / 7)
     assert figures["macro_accuracy"] == pytest.approx((sum(right["sums"]) / 4 + sum(right["more_sums"]) / 3) / 2)
     assert figures["subjects"]["more_sums"] == {

@@ -67,7 +67,7 @@ def test_bits_may_rise_by_a_share_of_the_parents(after: float, is_worse: bool) -
 
 @pytest.mark.parametrize(("after", "is_worse"), [(0.0, False), (0.149, False), (0.151, True)])
 def test_repetition_may_rise_by_so_much(after: float, is_worse: bool) -> None:
-    before = {"repetition_4gram": 0.1, "stop_rate": 1.0, "num_answers": 10_000}
+    before = {"repetition_4gram": 0.1, "stop_rate": 1.0, "num_answers": 10_000, "repetition_standard_error": 0.0}
     change = changes(before, before | {"repetition_4gram": after})["4-gram repetition of answers"]
     assert change.limit == pytest.approx(0.15)
     assert change.is_worse == is_worse
@@ -79,6 +79,7 @@ def test_limits_are_those_of_the_recipe() -> None:
         "repetition_4gram": 0.1,
         "stop_rate": 0.9,
         "num_answers": 10_000,
+        "repetition_standard_error": 0.0,
         **accuracy(0.5, 0.0),
     }
     after = {
@@ -86,6 +87,7 @@ def test_limits_are_those_of_the_recipe() -> None:
         "repetition_4gram": 0.25,
         "stop_rate": 0.8,
         "num_answers": 10_000,
+        "repetition_standard_error": 0.0,
         **accuracy(0.4, 0.0),
     }
     assert all(change.is_worse for change in changes(before, after).values())
@@ -104,18 +106,32 @@ CHOICE = {"accuracy": 0.4, "standard_error": 0.1}
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "bits": ({"bits_per_byte": 1.0}, {"bits_per_byte": 1.1}, "bits per byte of held-out documents"),
     "repetition": (
-        {"repetition_4gram": 0.0, "stop_rate": 1.0, "num_answers": 10_000},
-        {"repetition_4gram": 0.1, "stop_rate": 1.0, "num_answers": 10_000},
+        {"repetition_4gram": 0.0, "stop_rate": 1.0, "num_answers": 10_000, "repetition_standard_error": 0.0},
+        {"repetition_4gram": 0.1, "stop_rate": 1.0, "num_answers": 10_000, "repetition_standard_error": 0.0},
         "4-gram repetition of answers",
     ),
     "stopping": (
-        {"repetition_4gram": 0.0, "stop_rate": 1.0, "num_answers": 10_000},
-        {"repetition_4gram": 0.0, "stop_rate": 0.9, "num_answers": 10_000},
+        {"repetition_4gram": 0.0, "stop_rate": 1.0, "num_answers": 10_000, "repetition_standard_error": 0.0},
+        {"repetition_4gram": 0.0, "stop_rate": 0.9, "num_answers": 10_000, "repetition_standard_error": 0.0},
         "answers that stop",
     ),
     "stopping after prompts": (
-        {"prompt_manners": {"repetition_4gram": 0.0, "stop_rate": 1.0, "num_answers": 10_000}},
-        {"prompt_manners": {"repetition_4gram": 0.0, "stop_rate": 0.9, "num_answers": 10_000}},
+        {
+            "prompt_manners": {
+                "repetition_4gram": 0.0,
+                "stop_rate": 1.0,
+                "num_answers": 10_000,
+                "repetition_standard_error": 0.0,
+            }
+        },
+        {
+            "prompt_manners": {
+                "repetition_4gram": 0.0,
+                "stop_rate": 0.9,
+                "num_answers": 10_000,
+                "repetition_standard_error": 0.0,
+            }
+        },
         "answers that stop",
     ),
     "questions": (accuracy(0.9, 0.0), accuracy(0.8, 0.0), "exact match, facts"),
@@ -176,7 +192,13 @@ def test_questions_speak_for_the_manners_where_there_are_any() -> None:
         "repetition_4gram": 0.2,
         "stop_rate": 0.5,
         "num_answers": 10_000,
-        "prompt_manners": {"repetition_4gram": 0.9, "stop_rate": 0.9, "num_answers": 10_000},
+        "repetition_standard_error": 0.0,
+        "prompt_manners": {
+            "repetition_4gram": 0.9,
+            "stop_rate": 0.9,
+            "num_answers": 10_000,
+            "repetition_standard_error": 0.0,
+        },
     }
     assert {figure.value for figure in compared_figures(record("a", **figures))} == {0.2, 0.5}
 
@@ -232,11 +254,18 @@ def test_a_parent_may_be_named_from_the_working_folder(tmp_path: Path, monkeypat
     assert find_parents([record(one, "pt"), record(two, "sft")]) == {two: one}
 
 
-def test_a_parent_that_is_not_evaluated_gives_way_to_the_order(tmp_path: Path) -> None:
+def test_a_checkpoint_whose_parent_is_not_evaluated_is_compared_with_nothing(tmp_path: Path) -> None:
     one = make_run(tmp_path / "pt", None)
     two = make_run(tmp_path / "sft", tmp_path / "elsewhere")
-    assert find_parents([record(one, "pt"), record(two, "sft")]) == {two: one}
-    assert find_parents([record(two, "sft")]) == {}
+    assert find_parents([record(one, "pt"), record(two, "sft")]) == {}
+
+
+def test_a_rise_of_the_repetition_within_two_standard_errors_is_noise() -> None:
+    """2 * hypot(0.1, 0) = 0.2: from 0.1 up to 0.3."""
+    before = {"repetition_4gram": 0.1, "stop_rate": 1.0, "num_answers": 8, "repetition_standard_error": 0.1}
+    for after, is_worse in ((0.29, False), (0.31, True)):
+        figures = before | {"repetition_4gram": after, "repetition_standard_error": 0.0}
+        assert changes(before, figures)["4-gram repetition of answers"].is_worse is is_worse
 
 
 @pytest.mark.parametrize("content", [{}, {"recipe": {}}, {"recipe": None}, {"recipe": {"checkpoint": 5}}, []])

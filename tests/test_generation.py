@@ -133,6 +133,7 @@ def test_what_the_checkpoint_says_of_sampling_changes_nothing(
     drawn = generate(model, tokenizer, prompts, 8, sampling=Sampling(temperature=1.0))
     config = model.generation_config
     config.do_sample, config.temperature, config.top_k, config.repetition_penalty = True, 3.0, 2, 1.9
+    config.min_new_tokens, config.no_repeat_ngram_size, config.eos_token_id = 8, 1, list(range(400))
     assert generate(model, tokenizer, prompts, 8) == plain
     assert generate(model, tokenizer, prompts, 8, sampling=Sampling(temperature=1.0)) == drawn
 

@@ -13,6 +13,7 @@ EMPTY = Answer("", [], stopped=True)
 def test_figures_by_hand() -> None:
     """4-grams of the first answer: 1234 2341 3412 4123 1234, two of five repeated, each with one like it of four.
 
+    The two rates differ by 2/5, so their standard deviation is (2/5) / sqrt(2), and that of the mean (2/5) / 2.
     Pairs: 12 23 34 41 12 23 34 and 56, five different ones of eight.
     """
     assert manners([TWICE, SHORT]) == pytest.approx(
@@ -21,6 +22,7 @@ def test_figures_by_hand() -> None:
             "stop_rate": 1 / 2,
             "answer_length": 5.0,
             "repetition_4gram": (2 / 5 + 0) / 2,
+            "repetition_standard_error": (2 / 5) / 2,
             "repetition_near": ((1 / 4 + 1 / 4) / 5 + 0) / 2,
             "distinct_2": 5 / 8,
         }
@@ -34,6 +36,7 @@ def test_empty_answers_repeat_nothing() -> None:
         "stop_rate": 1.0,
         "answer_length": 0.0,
         "repetition_4gram": 0.0,
+        "repetition_standard_error": 0.0,
         "repetition_near": 0.0,
         "distinct_2": 0.0,
     }

@@ -10,6 +10,7 @@ import torch
 from conftest import BASE_CONFIG, ROOT, SMALL
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, Qwen2Config
 
 from mini_qwen.model import (
@@ -190,6 +191,18 @@ def test_the_next_stage_loads_the_same_weights_under_its_own_name(
     assert loaded.config.training_stage == "sft"
     for (name, one), (_, other) in zip(model.named_parameters(), loaded.named_parameters(), strict=True):
         assert torch.equal(one, other), name
+
+
+def test_weights_that_are_cut_off_are_found_without_a_manifest(tmp_path: Path) -> None:
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_text("{}")
+    save_file({"weight": torch.zeros(100)}, tmp_path / "model.safetensors")
+    check_checkpoint(str(tmp_path))
+    content = (tmp_path / "model.safetensors").read_bytes()
+    for length in (len(content) - 1, 20, 0):
+        (tmp_path / "model.safetensors").write_bytes(content[:length])
+        with pytest.raises(SystemExit, match=r"model\.safetensors is damaged: .*Fetch it again"):
+            check_checkpoint(str(tmp_path))
 
 
 @pytest.mark.parametrize("missing", ["config.json", "tokenizer.json", "model.safetensors"])

@@ -27,7 +27,14 @@ CIRCUMSTANCES = {
 
 
 def cell(temperature: float, top_p: float = 1.0, top_k: int = 0, beams: int = 1, **figures: float) -> dict[str, Any]:
-    setting = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "num_beams": beams, "num_answers": 8}
+    setting = {
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "num_beams": beams,
+        "num_answers": 8,
+        "repetition_standard_error": 0.0,
+    }
     manners = dict.fromkeys(MANNERS, 0.5) | {"answer_length": 20 * temperature} | figures
     return setting | manners
 
@@ -65,6 +72,7 @@ PT: dict[str, Any] = {
     "scored_tokens": 4321,
     "scored_bytes": 11111,
     "num_documents": 5,
+    "num_documents_cut": 2,
     "chinese_bits_per_character": 3.456,
     "chinese_characters": 987,
     "chinese_tokens": 1500,
@@ -77,6 +85,7 @@ PT: dict[str, Any] = {
     "num_questions": 99,
     "stop_rate": 0.996,
     "num_answers": 1000,
+    "repetition_standard_error": 0.0,
     "answer_length": 17.25,
     "repetition_4gram": 0.0313,
     "repetition_near": 0.0042,
@@ -208,6 +217,8 @@ FIGURES: dict[str, list[dict[str, str]]] = {
             "tokens": "4,321",
             "bytes": "11,111",
             "Chinese characters": "987",
+            "documents": "5",
+            "cut": "2",
         }
     ],
     "Questions and pairs": [

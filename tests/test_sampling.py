@@ -31,6 +31,11 @@ def test_an_impossible_token_is_never_drawn() -> None:
     assert [chosen(draw(IDS, logits))[0] for _ in range(2)] == [1, 2]
 
 
+def test_logits_that_are_no_numbers_are_refused() -> None:
+    with pytest.raises(SystemExit, match="not finite"):
+        SeededDraw([0], 1)(IDS, torch.tensor([[1.0, torch.nan]]))
+
+
 def test_draws_follow_the_probabilities() -> None:
     """20,000 draws of 0.5, 0.3, 0.2: four standard errors are 1.4 points."""
     logits = torch.tensor([0.5, 0.3, 0.2]).log().expand(20_000, 3)
