@@ -112,12 +112,17 @@ def make_run(recipe: Recipe, machine: Machine, tokens: int | None, rows: int | N
             f"{recipe.path}: precision is {precision}, in which this GPU has no fast products. Leave the key out, or "
             f"set precision: {works}."
         )
-    for key in ("muon_learning_rate", "low_memory"):
-        if (machine.gpus > 1 or machine.zero) and getattr(training, key):
-            raise SystemExit(
-                f"{recipe.path}: {key} is {getattr(training, key)}, which works on one process, not under DeepSpeed. "
-                f"Plan for --gpus 1, or without it: --{key} {'false' if key == 'low_memory' else 'null'}."
-            )
+    several = machine.gpus > 1 or machine.zero > 0
+    if several and training.low_memory:
+        raise SystemExit(
+            f"{recipe.path}: low_memory is true, which works on one process, not under DeepSpeed. Plan for --gpus 1, "
+            "or without it: --low_memory false."
+        )
+    if several and training.muon_learning_rate and training.max_grad_norm:
+        raise SystemExit(
+            f"{recipe.path}: muon_learning_rate is {training.muon_learning_rate}, and max_grad_norm "
+            f"{training.max_grad_norm}. Muon does not clip under DeepSpeed: plan for --gpus 1, or --max_grad_norm 0."
+        )
     rows, tokens = count_rows(recipe, tokens, rows)
     ahead = recipe.stage == "dpo" and training.precompute_ref_log_probs
     head = loss_head or training.loss_head
@@ -134,7 +139,7 @@ def make_run(recipe: Recipe, machine: Machine, tokens: int | None, rows: int | N
         max_steps=max(0, training.max_steps),
         precision=precision,
         half_weights=training.low_memory,
-        alone=bool(training.low_memory or training.muon_learning_rate),
+        alone=bool(training.low_memory or (training.muon_learning_rate and training.max_grad_norm)),
         # Documents of a block are kept apart, and pairs are filled up with pads. Flash attention needs no mask for it.
         masked="flash" not in recipe.attention and getattr(recipe.data, "isolate_documents", True),
         checkpointing=bool(training.activation_checkpointing or training.gradient_checkpointing),

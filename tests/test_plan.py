@@ -354,8 +354,12 @@ def test_disk_is_that_of_a_run(plan: Plan) -> None:
         (["recipes/pt.yaml", "--tokens", "1e9", "--blocksize", "3"], "Unknown recipe key 'blocksize'.*'block_size'"),
         (["recipes/pt.yaml", "--tokens", "1e9", "--num_attention_heads", "15"], "heads 15.*that work: "),
         (["recipes/pt.yaml", "--tokens", "1e9", "--gpu", "T4", "--precision", "bf16"], "precision is bf16.*fp16"),
-        (["recipes/demo/pt.yaml", "--tokens", "1e6", "--gpus", "2"], "muon_learning_rate is 0.008.*one process"),
-        (["recipes/demo/pt.yaml", "--tokens", "1e6", "--sweep"], "muon_learning_rate .* one process"),
+        (["recipes/demo/pt.yaml", "--tokens", "1e6", "--gpus", "2"], "muon_learning_rate is 0.008.*does not clip"),
+        (
+            ["recipes/demo/pt.yaml", "--tokens", "1e6", "--sweep"],
+            "muon_learning_rate with max_grad_norm, work on one process",
+        ),
+        (["recipes/low_memory/pt.yaml", "--tokens", "1e6", "--gpus", "2"], "low_memory is true.*one process"),
         (["recipes/eval.yaml"], "which stage it is for"),
     ],
 )
