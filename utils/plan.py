@@ -151,7 +151,8 @@ def main(argv: list[str] | None = None) -> None:
     run = make_run(recipe, machine, args.tokens, args.rows, args.loss_head)
     if args.sweep and run.alone:
         raise SystemExit(
-            f"{args.recipe}: low_memory, and muon_learning_rate with max_grad_norm, work on one process; --sweep is of many."
+            f"{args.recipe}: low_memory, and muon_learning_rate with max_grad_norm, work on one process; "
+            "--sweep is of many."
         )
     print_plan(recipe, run, machine, args)
     total, fits = sum(run.memory(machine).values()), run.fits(machine)
