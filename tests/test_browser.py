@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib import image
+from test_report import PT, SFT, Report
 
 from mini_qwen.page import Answers, Notice, Picture, Section, Table, Text, render_page
 from mini_qwen.pictures import plot_heat_maps
@@ -72,8 +73,18 @@ def test_the_page_is_seen_with_its_picture(tmp_path: Path, page: str, width: int
     assert columns[-1] - columns[0] > 0.45 * width  # the picture fills a phone, and is not tiny on a desk
 
 
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The page of an evaluation with every chapter."""
+    return Report(tmp_path_factory.mktemp("evaluation"), [PT, SFT]).page
+
+
 @pytest.mark.parametrize("width", [390, 1280])
-def test_nothing_is_wider_than_the_screen_and_nothing_is_loaded(tmp_path: Path, page: str, width: int) -> None:
+@pytest.mark.parametrize("name", ["page", "report"])
+def test_nothing_is_wider_than_the_screen_and_nothing_is_loaded(
+    tmp_path: Path, request: pytest.FixtureRequest, name: str, width: int
+) -> None:
+    page = request.getfixturevalue(name)
     open_page = re.sub(r"<meta http-equiv=[^>]*>", "", page).replace("</html>", MEASURE + "</html>")
     # A headless window that dumps its document is 500 pixels wide or wider; a frame can have the width of a phone.
     frame = (
@@ -86,6 +97,14 @@ def test_nothing_is_wider_than_the_screen_and_nothing_is_loaded(tmp_path: Path, 
     assert window == width
     assert scrolled <= window
     assert requests == 0
+
+
+def test_a_regression_is_seen_first(tmp_path: Path, report: str) -> None:
+    """On a phone's first screen, without scrolling: the notice's red."""
+    browse(tmp_path, report, 500, f"--screenshot={tmp_path}/shot.png")
+    seen = image.imread(tmp_path / "shot.png")[:, :, :3]
+    red = (seen[:, :, 0] > 0.5) & (seen[:, :, 1] < 0.25) & (seen[:, :, 2] < 0.25)
+    assert red.sum() > 500
 
 
 def test_the_document_holds_no_script_and_no_address(tmp_path: Path, page: str) -> None:
