@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from mini_qwen.conversations import encode_conversations
 from mini_qwen.documents import encode_documents
-from mini_qwen.evaluation import document_tokens
 from mini_qwen.generation import encode_prompt
+from mini_qwen.held_out import document_rows
 from mini_qwen.preferences import encode_preferences
 from mini_qwen.rows import Row
 from mini_qwen.schemas import Turn
@@ -55,7 +55,7 @@ def count_control(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray) -> int:
 def test_a_document_has_its_end_token_and_no_other(either: PreTrainedTokenizerBase, texts: list[str]) -> None:
     rows, ledger = encode_documents(either, [row(text=text) for text in texts])
     assert ledger.rows_kept == len(rows) == NUM_TEXTS
-    for token_row, scored in zip(rows, document_tokens(either, texts, max_length=10**6), strict=True):
+    for token_row, scored in zip(rows, document_rows(either, texts, max_length=10**6), strict=True):
         assert count_control(either, token_row.ids) == 1 and token_row.ids[-1] == either.eos_token_id
         assert np.array_equal(token_row.ids, scored.ids)  # evaluation reads documents as training does
 
