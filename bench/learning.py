@@ -30,7 +30,7 @@ from mini_qwen.circumstances import circumstances
 
 ROOT = Path(__file__).resolve().parents[1]
 BASELINE_STEPS, TUNED_STEPS, WALL_STEPS, SEEDS = 400, 160, 20, (42, 43, 44)
-COMPARED = {"hidden 64": SEEDS[:1], "hidden 96": SEEDS[:1], "A": SEEDS, "B": SEEDS[:2]}
+COMPARED = {"hidden 64": SEEDS[:1], "hidden 96": SEEDS[:1], "A": SEEDS, "B": SEEDS}
 LENGTHS = {"hidden 64": (50, 80), "hidden 96": (50, 80), "A": (50, 80, 120), "B": (50, 80)}  # of the candidate
 ROUNDS = 3  # in which seconds are measured
 FULL = 998_810_624  # parameters of recipes/pt.yaml

@@ -55,7 +55,7 @@ def count_control(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray) -> int:
 def test_a_document_has_its_end_token_and_no_other(either: PreTrainedTokenizerBase, texts: list[str]) -> None:
     rows, ledger = encode_documents(either, [row(text=text) for text in texts])
     assert ledger.rows_kept == len(rows) == NUM_TEXTS
-    for token_row, scored in zip(rows, document_rows(either, texts, max_length=10**6), strict=True):
+    for token_row, scored in zip(rows, document_rows(either, texts, length=10**6), strict=True):
         assert count_control(either, token_row.ids) == 1 and token_row.ids[-1] == either.eos_token_id
         assert np.array_equal(token_row.ids, scored.ids)  # evaluation reads documents as training does
 
