@@ -49,7 +49,7 @@ CORRECTIONS = (
 )
 
 
-def make_table(named: dict[str, Any], columns: Columns, caption: str = "", head: str = "stage") -> list[Table]:
+def make_table(named: dict[str, Any], columns: Columns, caption: str = "") -> list[Table]:
     """A row for each label, a column for each key that any of them has; no table where there is none."""
     present = [key for key in columns if any(record.get(key) is not None for record in named.values())]
     if not present:
@@ -58,7 +58,7 @@ def make_table(named: dict[str, Any], columns: Columns, caption: str = "", head:
         [label, *("" if record.get(key) is None else columns[key][1].format(record[key]) for key in present)]
         for label, record in named.items()
     ]
-    return [Table([head, *(columns[key][0] for key in present)], rows, caption)]
+    return [Table(["stage", *(columns[key][0] for key in present)], rows, caption)]
 
 
 def stage_table(named: Named) -> Table:

@@ -27,7 +27,6 @@ def score_documents(
     tokens lose their end.
     """
     texts = read_texts(files)
-    lengths = [len(ids) + 1 for ids in encode_text(tokenizer, texts)]
     rows = document_rows(tokenizer, texts, length)
     scores = score_rows(model, rows, "documents")
     total, count = sum(score.sum_log_prob for score in scores), sum(score.num_tokens for score in scores)
@@ -39,7 +38,7 @@ def score_documents(
         "scored_tokens": count,
         "scored_bytes": num_bytes,
         "num_documents": len(rows),
-        "num_documents_cut": sum(whole > length for whole in lengths),
+        "num_documents_cut": sum(int(row.ids[-1]) != tokenizer.eos_token_id for row in rows),
     }
     chinese = [at for at, text in enumerate(texts) if is_chinese(text)]
     num_characters = sum(count_characters(tokenizer, rows[at].ids[1:].tolist()) for at in chinese)

@@ -39,6 +39,8 @@ class Study:
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "parts"
         self.folder.mkdir(parents=True, exist_ok=True)
+        modules = sorted(module.stem for module in Path(__file__).parent.glob("*.py"))
+        self.source = source_hash(tuple(modules)) + hash_of(TEMPLATE)
 
     def measure(self, checkpoint: str, parts: list[Part], load: Callable[[str], Loaded]) -> dict[str, Any]:
         """The figures of all parts together. The checkpoint is loaded once, and only if a part is missing."""
@@ -64,9 +66,7 @@ class Study:
     def file(self, checkpoint: str, part: Part) -> Path:
         data = [identity(file) for file in find_files(part.files)]
         circumstances = [choose_precision(), torch.cuda.is_available(), torch.__version__, transformers.__version__]
-        source = source_hash(tuple(sorted(module.stem for module in Path(__file__).parent.glob("*.py"))))
-        source += hash_of(TEMPLATE)
-        key = hash_of([identify_checkpoint(Path(checkpoint)), part.settings, data, circumstances, source])
+        key = hash_of([identify_checkpoint(Path(checkpoint)), part.settings, data, circumstances, self.source])
         return self.folder / f"{self.stem(checkpoint, part)}-{key}.json"
 
 

@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from matplotlib.figure import Figure
 from programs import VOCAB, Programs, arguments
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -31,6 +32,7 @@ import mini_qwen_dpo
 import mini_qwen_pt
 import mini_qwen_sft
 import mini_qwen_tokenizer
+from mini_qwen import pictures
 from mini_qwen.blocks import Blocks, write_blocks
 from mini_qwen.files import COMPRESSIONS, kind
 from mini_qwen.model import NewModel, build_model
@@ -218,3 +220,17 @@ def write_rows(tmp_path: Path) -> WriteRows:
         return save_rows(tmp_path / name, rows)
 
     return write
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that were drawn, to look into."""
+    closed: list[Figure] = []
+    close = pictures.pyplot.close
+
+    def keep(figure: Figure) -> None:
+        closed.append(figure)
+        close(figure)
+
+    monkeypatch.setattr(pictures.pyplot, "close", keep)
+    return closed

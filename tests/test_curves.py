@@ -10,7 +10,6 @@ import pytest
 from matplotlib import colors, image
 from matplotlib.figure import Figure
 
-from mini_qwen import pictures
 from mini_qwen.curves import plot_curves, read_losses
 
 HISTORY = [
@@ -27,20 +26,6 @@ def state(folder: Path, history: list[dict[str, Any]] = HISTORY) -> Path:
     path = folder / "trainer_state.json"
     path.write_text(json.dumps({"global_step": 60, "log_history": history}), encoding="utf-8")
     return path
-
-
-@pytest.fixture
-def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that were drawn, to look into."""
-    closed: list[Figure] = []
-    close = pictures.pyplot.close
-
-    def keep(figure: Figure) -> None:
-        closed.append(figure)
-        close(figure)
-
-    monkeypatch.setattr(pictures.pyplot, "close", keep)
-    return closed
 
 
 def drawn(figure: Figure) -> dict[str, list[tuple[float, float]]]:

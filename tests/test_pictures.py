@@ -14,20 +14,6 @@ from mini_qwen.pictures import drawable, plot_confusion, plot_heat_maps, plot_li
 GRID = {(0.5, 0.8): 0.1, (0.5, 1.0): 0.2, (1.0, 0.8): 0.3, (1.0, 1.0): 0.4}
 
 
-@pytest.fixture
-def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that were drawn, to look into."""
-    closed: list[Figure] = []
-    close = pictures.pyplot.close
-
-    def keep(figure: Figure) -> None:
-        closed.append(figure)
-        close(figure)
-
-    monkeypatch.setattr(pictures.pyplot, "close", keep)
-    return closed
-
-
 def written(figure: Figure, panel: int) -> dict[tuple[float, float], str]:
     """Text of each cell, under the names of its ticks."""
     axes = figure.axes[panel]
