@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mini_qwen.chat import TokenRow
 from mini_qwen.encoding import text_encoder
-from mini_qwen.files import count_rows
+from mini_qwen.files import count_rows, identity
 from mini_qwen.ledger import Ledger
 from mini_qwen.rows import Row, check_columns
 from mini_qwen.store import STATE, StoreWriter
@@ -109,8 +109,7 @@ def prepare_parts(cache_dir: str, sources: dict[str, list[Path]], preparation: P
     files = [file for found in sources.values() for file in found]
     folders = {}
     for file in files:
-        state = file.stat()
-        key = hash_of(common | {"file": (str(file.resolve()), state.st_size, state.st_mtime_ns)})
+        key = hash_of(common | {"file": identity(file)})
         folders[file] = Path(cache_dir) / f"{preparation.stage}-{key}"
     missing = [file for file in files if not folders[file].exists()]
     check_columns(missing, preparation.choices)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mini_qwen.cache import hash_of, source_hash
 from mini_qwen.chat import TEMPLATE
 from mini_qwen.checkpoint import MANIFEST
-from mini_qwen.files import find_files
+from mini_qwen.files import find_files, identity
 from mini_qwen.resumption import write_whole
 from mini_qwen.training import choose_precision
 
@@ -75,8 +75,3 @@ def identify_checkpoint(folder: Path) -> Any:
     if (folder / MANIFEST).is_file():
         return (folder / MANIFEST).read_text(encoding="utf-8")
     return [identity(file) for file in sorted(folder.iterdir()) if file.is_file()]
-
-
-def identity(file: Path) -> list[Any]:
-    status = file.stat()
-    return [str(file.resolve()), status.st_size, status.st_mtime_ns]
