@@ -31,10 +31,10 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from bench.measurement import Facts, Work, measure, processor
 from mini_qwen.circumstances import circumstances
+from mini_qwen.linear_head import CHUNK_NUMBERS
 from mini_qwen.loss_head import add_loss_head
 from mini_qwen.plan_memory import Compute, LossHead, Step, activation_bytes, memory
 from mini_qwen.plan_parameters import count_parameters, layer_matrices
-from mini_qwen.token_scores import CHUNK_NUMBERS
 
 RESULT = Path(__file__).parent / "results/plan.json"
 KEYS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
@@ -119,7 +119,7 @@ def compare(case: dict[str, Any]) -> Facts:
     values, (rows, length) = SIZES[case["size"]]
     config = make_config(values)
     choices = {"masked": False, "checkpointing": False} | {key: case[key] for key in case if key != "size"}
-    step = Step(rows, length, "fp32", accumulation=2, chunk_numbers=CHUNK_NUMBERS["cpu"], **choices)
+    step = Step(rows, length, "fp32", 2, chunk_numbers=CHUNK_NUMBERS["cpu"], row_kernels=False, **choices)
     parts = memory(config, step, state_bytes=8 * count_parameters(config))
     forecast = sum(parts.values()) / 1e6
     measured = measure(training_steps, sample_memory=False, folder=RESULT.parent, **case)

@@ -156,7 +156,8 @@ class BlockCollator:
 
     Args:
         pad_id: token id to fill up with; its labels are ignored.
-        flatten: make one row [1, B x L] of the batch, as flash attention needs to keep rows apart.
+        flatten: make one row [1, B x L] of the batch, as flash attention needs to keep rows apart, and say where each
+            begins and the last ends, `cu_seq_lens_q` [rows + 1] int32, and how long one can be, `max_length_q`.
     """
 
     def __init__(self, pad_id: int, flatten: bool = False) -> None:
@@ -172,4 +173,11 @@ class BlockCollator:
                 batch[name][row, :size] = values
             batch["position_ids"][row, size:] = np.arange(length - size)
         shape = (1, -1) if self.flatten else (len(blocks), length)
-        return {name: torch.from_numpy(rows).reshape(shape) for name, rows in batch.items()}
+        tensors = {name: torch.from_numpy(rows).reshape(shape) for name, rows in batch.items()}
+        if not self.flatten:
+            return tensors
+        begins = np.flatnonzero(batch["position_ids"] == 0)
+        borders = torch.from_numpy(np.append(begins, batch["position_ids"].size).astype(np.int32))
+        # In the names by which transformers hands them on to each layer; queries and keys are of the same rows.
+        lengths = {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders, "max_length_q": length, "max_length_k": length}
+        return tensors | lengths

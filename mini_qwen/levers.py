@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from mini_qwen.fingerprint import describe_distribution
 from mini_qwen.loss_head import add_loss_head
 from mini_qwen.threads import VARIABLE, available_cores
+from mini_qwen.varlen import VARLEN
 
 # Keys of a config that change the logits between the head's matrix and the loss, in models other than Qwen2.
 TRANSFORMED = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
@@ -71,11 +72,11 @@ def list_levers(trainer: Trainer) -> list[Lever]:
         why = "a batch's pairs are of like length" if by_length else "pairs are filled up to the batch's longest"
         levers.append(Lever("train_sampling_strategy", args.train_sampling_strategy, why))
     precision = "the recipe says so" if "precision" in args.written else AUTOMATIC_PRECISION
-    compiled = "slow at its first steps" if args.torch_compile else "takes a minute or more before the first step"
+    compiled = "slow at its first steps" if args.compile_layers else "takes a minute or more before the first step"
     why = "memory for time" if args.activation_checkpointing else "1.3 times the time where memory allows it off"
     levers += [
         Lever("precision", args.precision, precision),
-        Lever("torch_compile", args.torch_compile, compiled),
+        Lever("compile_layers", args.compile_layers, compiled),
         Lever("activation_checkpointing", bool(args.activation_checkpointing), why),
         describe_optimizer(trainer),
         Lever("dataloader_num_workers", args.dataloader_num_workers, "rows are read from mapped files"),
@@ -87,7 +88,7 @@ def list_levers(trainer: Trainer) -> list[Lever]:
 
 def describe_attention(model: PreTrainedModel, on_gpu: bool) -> Lever:
     chosen = model.config._attn_implementation
-    if "flash" in chosen:
+    if "flash" in chosen or chosen == VARLEN:
         return Lever("attn_implementation", chosen, "a batch is one flat row")
     why = "the recipe's, or no flash attention that this GPU can use" if on_gpu else "no GPU"
     return Lever("attn_implementation", chosen, f"{why}; rows are kept apart by their positions")

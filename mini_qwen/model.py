@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from mini_qwen.checkpoint import MANIFEST, verify
 from mini_qwen.training import Attention, choose_attention
+from mini_qwen.varlen import VARLEN, add_varlen
 
 SIZES = (
     "hidden_size",
@@ -110,7 +111,7 @@ def build_model(
     `low_memory` they are bf16; its optimizer keeps what they cannot hold.
     """
     config = make_config(args, tokenizer)
-    attention = choose_attention(args.attn_implementation, precision)
+    attention = prepare_attention(args, precision, stage)
     dtype = torch.bfloat16 if low_memory else torch.float32
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     return settle(model, tokenizer, stage)
@@ -124,7 +125,7 @@ def load_model(
     Raises SystemExit when the folder is not a complete checkpoint.
     """
     check_checkpoint(args.checkpoint)
-    attention = choose_attention(args.attn_implementation, precision)
+    attention = prepare_attention(args, precision, stage)
     model = AutoModelForCausalLM.from_pretrained(
         args.checkpoint,
         dtype=torch.bfloat16 if low_memory else torch.float32,
@@ -181,6 +182,13 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
     return {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
 
 
+def prepare_attention(args: NewModel | TrainedModel, precision: str, stage: str) -> Attention:
+    attention = choose_attention(args.attn_implementation, precision, stage != "dpo", args.attention_dropout)
+    if attention == VARLEN:
+        add_varlen()
+    return attention
+
+
 def needs_flat_rows(model: PreTrainedModel) -> bool:
     """Flash attention keeps packed rows apart only when the whole batch is one row."""
-    return "flash" in model.config._attn_implementation
+    return "flash" in model.config._attn_implementation or model.config._attn_implementation == VARLEN

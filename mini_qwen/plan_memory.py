@@ -9,8 +9,8 @@ from typing import Literal
 
 from transformers import Qwen2Config
 
+from mini_qwen.linear_head import CHUNK_NUMBERS, chunks
 from mini_qwen.plan_parameters import count_parameters, layer_matrices, product_weights, widths
-from mini_qwen.token_scores import CHUNK_NUMBERS, chunks
 
 # autocast: weights cast for each product: fp32 ones (one process, DDP), low_memory's in fp16. half: weights of 2 bytes
 # that are not (DeepSpeed, low_memory in bf16).
@@ -36,6 +36,7 @@ class Step:
     loss_head: LossHead = "chunked"
     half_weights: bool = False  # low_memory: 2 bytes, though in fp16 they are cast for each product
     chunk_numbers: int = CHUNK_NUMBERS["cuda"]  # in the logits that exist at a time
+    row_kernels: bool = True  # Triton is there: probabilities need no place of their own
 
     @property
     def tokens(self) -> int:
@@ -97,18 +98,18 @@ def head_bytes(config: Qwen2Config, step: Step) -> int:
     """Bytes of logits, and of the gradients formed from them, when they are most.
 
     full: the head's input; log-probabilities, their gradient and the logits' gradient together, each fp32 [tokens,
-    vocabulary]; later the logits' gradient beside the head's. chunked (mini_qwen/token_scores.py): of a chunk its
-    logits in the compute type and probabilities in fp32; the fp32 gradient of the head's matrix; the head's input, its
+    vocabulary]; later the logits' gradient beside the head's. chunked (mini_qwen/linear_head.py): of a chunk its
+    logits in the compute type, without Triton probabilities in fp32 too; the fp32 gradient of the head's matrix; the head's input, its
     labelled tokens and their gradient.
 
-    12 x 1,024 tokens of 151,936 and hidden size 1,024: full 22.4 GB; chunked, half, 2.32 GB.
+    12 x 1,024 tokens of 151,936 and hidden size 1,024: full 22.4 GB; chunked, half, 1.26 GB.
     """
     logits, matrix = step.tokens * config.vocab_size, 4 * config.vocab_size * config.hidden_size
     hidden = step.tokens * config.hidden_size
     if step.loss_head == "full":
         return max(12 * logits, 4 * logits + matrix) + step.width * hidden
     chunk = chunks(step.tokens, max(1, step.chunk_numbers // config.vocab_size))[0].stop * config.vocab_size
-    return (step.width + 4) * chunk + matrix + (3 * step.stream_width + step.width) * hidden
+    return (step.width if step.row_kernels else step.width + 4) * chunk + matrix + (3 * step.stream_width + step.width) * hidden
 
 
 def cast_bytes(config: Qwen2Config, step: Step) -> int:

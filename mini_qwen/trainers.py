@@ -15,7 +15,17 @@ from mini_qwen.sampler import ByLength
 
 
 class Equipped(Guarded):
-    """Guarded, and with the recipe's own optimizer under DeepSpeed, whose start drops the one that it was given."""
+    """Guarded, with layers compiled where the recipe says so, and with its own optimizer under DeepSpeed.
+
+    DeepSpeed's start drops the optimizer that it was given.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.args.compile_layers:
+            # In place: names of weights stay, and layers of the same sizes share what is compiled once.
+            for layer in self.model.base_model.layers:
+                layer.compile()
 
     def create_optimizer(self, model: PreTrainedModel | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:

@@ -1,17 +1,19 @@
 """What all training stages share in their settings: the machine's precision and device, and safe defaults."""
 
-import importlib.util
 import time
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from transformers import TrainingArguments
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 from trl import DPOConfig, SFTConfig
 
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 LossHead = Literal["auto", "chunked", "library"]
-Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"]
+Attention = Literal[
+    "auto", "eager", "sdpa", "varlen", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4"
+]
 
 
 def choose_precision(wanted: Precision = "auto") -> Precision:
@@ -26,12 +28,29 @@ def choose_precision(wanted: Precision = "auto") -> Precision:
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
-def choose_attention(wanted: Attention = "auto", precision: Precision = "fp32") -> Attention:
-    """`flash_attention_2` where it is installed and the GPU (compute capability 8 or newer) can, else `sdpa`."""
+def choose_attention(
+    wanted: Attention = "auto", precision: Precision = "fp32", packed: bool = True, dropout: float = 0.0
+) -> Attention:
+    """Flash attention where the GPU (compute capability 8 or newer) can, else `sdpa`.
+
+    Of the flash attentions that are installed the newest that the GPU can; else `varlen`, torch's own, which is for
+    packed rows and knows no dropout.
+
+    Raises SystemExit when `varlen` is asked for where it cannot be.
+    """
+    if wanted == "varlen" and (not packed or dropout > 0):
+        reason = f"attention_dropout is {dropout}" if packed else "pairs are padded, not packed"
+        raise SystemExit(f"attn_implementation: varlen is not possible here: {reason}. Leave the key out.")
     if wanted != "auto":
         return wanted
-    able = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8 and precision != "fp32"
-    return "flash_attention_2" if able and importlib.util.find_spec("flash_attn") else "sdpa"
+    capability = torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 0
+    if capability < 8 or precision == "fp32":
+        return "sdpa"
+    if capability == 9 and is_flash_attn_3_available():
+        return "flash_attention_3"
+    if is_flash_attn_2_available():
+        return "flash_attention_2"
+    return "varlen" if packed and dropout == 0 else "sdpa"
 
 
 @dataclass
@@ -41,6 +60,7 @@ class StageKeys:
     needs_gpu: bool = False  # refuse to start on a machine without a GPU
     precision: Precision = "auto"
     loss_head: LossHead = "auto"  # chunked: ours; library: the full logits in PT, TRL's own head in SFT and DPO
+    compile_layers: bool = False  # torch.compile for each layer: its small operations become one
     low_memory: bool = False  # 7 bytes a weight (fp16: 9) in place of 16, on one process: see mini_qwen/low_memory.py
     muon_learning_rate: float | None = None  # set: Muon for the matrices at this rate, AdamW for all else
     prepare_only: bool = False  # prepare the data, print the counts, and leave
@@ -57,6 +77,7 @@ class StageKeys:
         "fp16": "precision: fp16",
         "use_cpu": "CUDA_VISIBLE_DEVICES= in the environment",
         "gradient_checkpointing": "activation_checkpointing",
+        "torch_compile": "compile_layers: true",
         "enable_jit_checkpoint": "nothing: every run saves when it is asked to stop",
         "ignore_data_skip": "nothing: a resumed run goes on with the row behind the last one",
         "trust_remote_code": "nothing: no code is run that comes with a checkpoint",

@@ -273,6 +273,11 @@ def test_collator_pads_with_a_row_of_its_own(make_blocks: MakeBlocks, flatten: b
         "position_ids": [[0, 1, 2, 3, 4], [0, 0, 1, 0, 1]],
         "labels": [[-100, 12, 13, 14, 15], [-100, -100, 22, -100, -100]],
     }
+    if flatten:  # where the five rows begin and the last ends, and how long one can be
+        borders, length = [0, 5, 6, 8, 10], 5
+        for side in ("q", "k"):
+            assert batch.pop(f"cu_seq_lens_{side}").tolist() == borders
+            assert batch.pop(f"max_length_{side}") == length
     assert set(batch) == set(expected)  # no attention mask, which would switch the isolation off
     for name, rows in expected.items():
         assert batch[name].dtype == torch.int64

@@ -18,11 +18,11 @@ from transformers import PreTrainedModel
 
 from bench.low_memory import plan
 from mini_qwen.disk import optimizer_bytes
+from mini_qwen.linear_head import CHUNK_NUMBERS
 from mini_qwen.loss_head import add_loss_head
 from mini_qwen.low_memory import LowMemoryAdamW, adds_without_bias, low_memory_optimizer, widen
 from mini_qwen.rounding import BLOCK, MEAN, SQUARE, Code, decode, encode, join, round_to_bf16, split
 from mini_qwen.run import check_launch
-from mini_qwen.token_scores import CHUNK_NUMBERS
 from mini_qwen.training import PTConfig
 
 DRAWS = 20_000

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mini_qwen.token_scores import chunks, score_tokens
+from mini_qwen.linear_head import chunks
+from mini_qwen.token_scores import score_tokens
 
 
 def make_input(num_tokens: int, width: int, vocab: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
