@@ -11,6 +11,9 @@ bash run.sh tokenizer|pt|sft|dpo|eval [--key value ...]
                                                    one stage; without --config its full recipe in recipes/
 bash run.sh all [--key value ...]                  pt, sft, dpo and eval, one after the other; the keys go to
                                                    the three training stages
+bash run.sh serve CHECKPOINT [--key value ...]     an OpenAI-compatible API at 127.0.0.1, see docs/serving.md
+bash run.sh web [CHECKPOINT|URL ...] [--key value ...]
+                                                   a page to talk to models in, see docs/web.md
 bash run.sh setup                                  only make .venv and install what is pinned
 
 --background, behind a stage or `all`, leaves it running after you log out. Every stage logs to logs/.
@@ -18,6 +21,7 @@ Several GPUs: one process for each, by accelerate and DeepSpeed. One GPU or none
 CUDA_VISIBLE_DEVICES chooses among them.
 
 Ctrl-C or `kill` ends a stage behind a checkpoint, with exit code 75; `--resume_from_checkpoint true` goes on.
+It ends `serve` and `web` at once.
 EOF
 }
 
@@ -148,7 +152,7 @@ test)
     ruff format --check .
     python -m pytest "$@"
     ;;
-tokenizer | pt | sft | dpo | eval)
+tokenizer | pt | sft | dpo | eval | serve | web)
     setup
     run_logged "$command" launch "$command" "$@"
     ;;

@@ -115,6 +115,8 @@ def main() -> None:
     parser.add_argument("--tiny", type=lambda text: text.lower() == "true", default=False)
     parser.add_argument("--output_dir", type=Path, default=RESULTS)
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("torch sees no GPU here; bench/step.py, head.py and plan.py are for CPUs.")
     if args.only:
         work(args.only, args)
         return

@@ -28,7 +28,7 @@ class TokenRow(NamedTuple):
     trained: np.ndarray | None = None  # bool, True where the model is to learn to write the token; None: everywhere
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=256)  # one of 512 turns is 400 kB, and a server's clients choose the roles
 def skeleton(template: str, roles: tuple[str, ...], add_generation_prompt: bool) -> list[Piece]:
     """Render the template around placeholders, once for each sequence of roles, and cut it into pieces.
 

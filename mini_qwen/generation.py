@@ -1,11 +1,13 @@
 """Answers of a checkpoint: batched for measuring, streamed for talking."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
 
 from mini_qwen.chat import encode_chat
 from mini_qwen.encoding import encode_text
@@ -26,11 +28,35 @@ def speaks_chat(model: PreTrainedModel) -> bool:
     return model.config.training_stage != "pt"
 
 
-class WholeCharacters(TextStreamer):
-    """Prints text as it comes, but never the first bytes of a character whose last ones did not come."""
+class WholeCharacters(BaseStreamer):
+    """Hands on an answer's text as its tokens come, never the first bytes of a character whose last ones did not.
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        super().on_finalized_text(text.rstrip("\ufffd"), stream_end)
+    "🙂" in two tokens: behind the first one the text is "\ufffd", of which nothing is shown. Bytes that no
+    character begins with are shown as "\ufffd" once another character follows, and not at the end.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, show: Callable[[str], None]) -> None:
+        self.tokenizer, self.show = tokenizer, show
+        self.num_tokens = -1  # so far, the end token included; -1: the prompt, which generate() hands on first, is due
+        self.pending: list[int] = []  # tokens since the last whole character
+        self.shown = 0  # characters of theirs
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.num_tokens < 0:
+            self.num_tokens = 0
+            self.show("")  # which may end it before the prompt is computed
+            return
+        self.num_tokens += value.numel()
+        self.pending += value.flatten().tolist()
+        text = self.tokenizer.decode(self.pending, skip_special_tokens=True)
+        whole = text.rstrip("\ufffd")
+        fresh, self.shown = whole[self.shown :], len(whole)
+        if whole == text:
+            self.pending, self.shown = [], 0
+        self.show(fresh)
+
+    def end(self) -> None:
+        pass
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, turns: list[Turn], chat: bool) -> list[int]:
@@ -84,18 +110,22 @@ def continue_batch(
     max_new_tokens: int,
     sampling: Sampling,
     seeds: Sequence[int],
-    streamer: TextStreamer | None = None,
+    streamer: BaseStreamer | None = None,
 ) -> torch.Tensor:
     """The new tokens of each row, [B, <= max_new_tokens]; rows that have ended go on with pads."""
-    # A checkpoint's generation_config.json may ask for sampling and end tokens of its own; here it has no say.
-    model.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, num_beams=sampling.num_beams
-    )
+    # A checkpoint's generation_config.json may ask for sampling and end tokens of its own, and generate() would take
+    # from it whatever is not set here. It has no say. Threads that share the model all put the same in its place.
+    model.generation_config = GenerationConfig()
     output = model.generate(
         input_ids.to(model.device),
         attention_mask=attention_mask.to(model.device),
+        generation_config=GenerationConfig(
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            num_beams=sampling.num_beams,
+            max_new_tokens=max_new_tokens,
+        ),
         logits_processor=sampling.processors(seeds, max_new_tokens, tokenizer.pad_token_id),
-        max_new_tokens=max_new_tokens,
         streamer=streamer,
     )
     return output[:, input_ids.shape[1] :]
@@ -136,12 +166,13 @@ def talk(
     chat = speaks_chat(model)
     print("chat" if chat else "raw continuation (a pretrained checkpoint)", "- an empty line ends it")
     turns: list[Turn] = []
-    streamer = WholeCharacters(tokenizer, skip_prompt=True, skip_special_tokens=True)
     while text := read_line():
         turns.append({"role": "user", "content": text.replace("\\n", "\n")})
         prompt = torch.tensor([encode_prompt(tokenizer, turns, chat)])
         mask = torch.ones_like(prompt)
+        streamer = WholeCharacters(tokenizer, partial(print, end="", flush=True))
         output = continue_batch(model, tokenizer, prompt, mask, max_new_tokens, sampling, [seed], streamer)
+        print()
         answer = tokenizer.decode(output[0], skip_special_tokens=True).rstrip("\ufffd")
         turns.append({"role": "assistant", "content": answer})
 

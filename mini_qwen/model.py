@@ -169,9 +169,11 @@ def check_checkpoint(path: str) -> None:
 def settle(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stage: str) -> PreTrainedModel:
     """Make the configs name the stage and the tokenizer's own end and pad tokens, and drop foreign defaults.
 
-    `training_stage` in config.json tells a checkpoint that continues text from one that answers.
+    `training_stage` in config.json tells a checkpoint that continues text from one that answers. `rope_theta` is for
+    transformers 4, which without a word passes over the `rope_parameters` of today and takes 10,000.
     """
     model.config.training_stage = stage
+    model.config.rope_theta = model.config.rope_parameters["rope_theta"]
     for key, token_id in special_ids(tokenizer).items():
         setattr(model.config, key, token_id)
     model.generation_config = GenerationConfig(**special_ids(tokenizer), use_cache=True)

@@ -99,8 +99,8 @@ def head_bytes(config: Qwen2Config, step: Step) -> int:
 
     full: the head's input; log-probabilities, their gradient and the logits' gradient together, each fp32 [tokens,
     vocabulary]; later the logits' gradient beside the head's. chunked (mini_qwen/linear_head.py): of a chunk its
-    logits in the compute type, without Triton probabilities in fp32 too; the fp32 gradient of the head's matrix; the head's input, its
-    labelled tokens and their gradient.
+    logits in the compute type, without Triton its probabilities in fp32; the fp32 gradient of the head's matrix; the
+    head's input, its labelled tokens and their gradient.
 
     12 x 1,024 tokens of 151,936 and hidden size 1,024: full 22.4 GB; chunked, half, 1.26 GB.
     """
@@ -109,7 +109,8 @@ def head_bytes(config: Qwen2Config, step: Step) -> int:
     if step.loss_head == "full":
         return max(12 * logits, 4 * logits + matrix) + step.width * hidden
     chunk = chunks(step.tokens, max(1, step.chunk_numbers // config.vocab_size))[0].stop * config.vocab_size
-    return (step.width if step.row_kernels else step.width + 4) * chunk + matrix + (3 * step.stream_width + step.width) * hidden
+    a_logit = step.width if step.row_kernels else step.width + 4
+    return a_logit * chunk + matrix + (3 * step.stream_width + step.width) * hidden
 
 
 def cast_bytes(config: Qwen2Config, step: Step) -> int:

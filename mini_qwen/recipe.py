@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-SECRET = re.compile("token$|key$|secret|password|credential", re.IGNORECASE)
+SECRET = re.compile("token$|keys?$|secret|password|credential", re.IGNORECASE)
 ROOT = Path(__file__).resolve().parents[1]
 
 

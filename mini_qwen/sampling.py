@@ -36,13 +36,15 @@ class Sampling:
     def processors(self, seeds: Sequence[int], num_tokens: int, pad_id: int) -> LogitsProcessorList:
         """What turns a batch's logits into the choice of its next tokens, row by row.
 
-        The last step leaves one token a row, so that model.generate with do_sample=False takes it.
+        A draw leaves one token a row, so that model.generate with do_sample=False takes it.
         """
         steps = LogitsProcessorList()
         if self.repetition_penalty != 1:
             steps.append(PenaltyBesidePads(self.repetition_penalty, pad_id))
         if self.temperature > 0:
             steps.append(TemperatureLogitsWarper(self.temperature))
+        steps.append(FiniteLogits())  # behind the temperature: a tiny one makes logits infinite
+        if self.temperature > 0:
             if self.top_k > 0:
                 steps.append(TopKLogitsWarper(self.top_k))
             if self.top_p < 1:
@@ -62,6 +64,18 @@ class PenaltyBesidePads(RepetitionPenaltyLogitsProcessor):
         return super().__call__(torch.where(input_ids == self.pad_id, input_ids[:, -1:], input_ids), scores)
 
 
+class FiniteLogits(LogitsProcessor):
+    """Changes nothing. Raises SystemExit where a row has no likeliest token; argmax would give one all the same.
+
+    -inf is a token that cannot come. With NaN, +inf, or -inf for all tokens the row's maximum is not finite.
+    """
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if not scores.amax(dim=-1).isfinite().all():
+            raise SystemExit("The model's logits are not finite. Take an earlier checkpoint, or a higher precision.")
+        return scores
+
+
 class SeededDraw(LogitsProcessor):
     """Draws each row's next token with numbers of its own seed, whichever rows share the batch.
 
@@ -79,8 +93,6 @@ class SeededDraw(LogitsProcessor):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         cumulative = torch.softmax(scores.double(), dim=-1).cumsum(dim=-1)
-        if cumulative.isnan().any():
-            raise SystemExit("The model's logits are not finite. Take an earlier checkpoint, or a higher precision.")
         # Of the sum itself, which is 1 only up to rounding: a number above it would find no token.
         numbers = self.numbers[:, self.step, None].to(scores.device) * cumulative[:, -1:]
         self.step += 1

@@ -1,4 +1,4 @@
-"""mini_data is what its generator says: the same bytes each time, and nothing that eval asks is trained on."""
+"""mini_data is what its generator says, byte for byte, and nothing that eval asks is trained on."""
 
 import importlib.util
 import json
@@ -14,6 +14,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 MINI_DATA = ROOT / "mini_data"
+BY_HAND = "arena"  # the presets of the web page; all else is generated
 
 
 def files(folder: Path) -> list[Path]:
@@ -44,8 +45,9 @@ def test_generator_writes_the_same_bytes_again(tmp_path: Path) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert files(tmp_path / "mini_data") == files(MINI_DATA)
-    for name in files(MINI_DATA):
+    generated = [name for name in files(MINI_DATA) if name.parts[0] != BY_HAND]
+    assert files(tmp_path / "mini_data") == generated
+    for name in generated:
         assert (tmp_path / "mini_data" / name).read_bytes() == (MINI_DATA / name).read_bytes(), name
 
 

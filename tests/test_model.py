@@ -172,6 +172,11 @@ def test_a_checkpoint_is_complete_and_knows_its_stage(tokenizer: PreTrainedToken
     stop, pad = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert loaded.config.training_stage == "pt"
+    # Versions before 5 read the one, those from 5 on the other.
+    written = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    assert (
+        written["rope_theta"] == written["rope_parameters"]["rope_theta"] == 1_000_000
+    )  # older versions read the one
     assert loaded.generation_config.eos_token_id == loaded.config.eos_token_id == stop
     assert loaded.generation_config.pad_token_id == loaded.config.pad_token_id == pad
     assert loaded.config.bos_token_id is None

@@ -151,8 +151,8 @@ def test_bytes_worked_out_by_hand() -> None:
     step = Step(rows=1, length=3, compute="fp32", chunk_numbers=20)
     assert layer_bytes(config, step) == token
     assert activation_bytes(config, step) == 3 * (token + 4 * 9)
-    # Full: three fp32 copies of 3 x 10 logits, and the head's input. Chunked, 2 tokens at a time: their logits, without
-    # Triton's kernels their probabilities too; the head's gradient; four copies of 3 x 4 numbers.
+    # Full: three fp32 copies of 3 x 10 logits, and the head's input. Chunked, 2 tokens at a time: their logits, and
+    # without Triton's kernels their probabilities; the head's gradient; four copies of 3 x 4 numbers.
     assert head_bytes(config, replace(step, loss_head="full")) == 3 * 4 * 30 + 4 * 12
     assert head_bytes(config, step) == 4 * 20 + 4 * 40 + 16 * 12
     assert head_bytes(config, replace(step, row_kernels=False)) == 8 * 20 + 4 * 40 + 16 * 12

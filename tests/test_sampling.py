@@ -31,9 +31,14 @@ def test_an_impossible_token_is_never_drawn() -> None:
     assert [chosen(draw(IDS, logits))[0] for _ in range(2)] == [1, 2]
 
 
-def test_logits_that_are_no_numbers_are_refused() -> None:
+@pytest.mark.parametrize("settings", [{}, {"repetition_penalty": 1.1}, {"temperature": 1.0}, {"num_beams": 2}])
+@pytest.mark.parametrize("row", [[1.0, torch.nan], [torch.nan, 1.0], [1.0, torch.inf], [-torch.inf, -torch.inf]])
+def test_logits_that_are_no_numbers_are_refused(settings: dict[str, float], row: list[float]) -> None:
+    """In any row, however the token is chosen; a single -inf is a token that cannot come."""
+    sampling, ids = Sampling(**settings), torch.tensor([[0, 1], [0, 1]])
     with pytest.raises(SystemExit, match="not finite"):
-        SeededDraw([0], 1)(IDS, torch.tensor([[1.0, torch.nan]]))
+        sampling.processors([0, 1], 1, PAD)(ids, torch.tensor([[1.0, 2.0], row]))
+    sampling.processors([0, 1], 1, PAD)(ids, torch.tensor([[1.0, 2.0], [-torch.inf, 1.0]]))
 
 
 def test_draws_follow_the_probabilities() -> None:

@@ -43,7 +43,7 @@ def test_a_run_writes_and_says_no_secret(road: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("key", ["hub_token", "api_key", "wandb_token", "password"])
+@pytest.mark.parametrize("key", ["hub_token", "api_key", "api_keys", "wandb_token", "password"])
 def test_a_secret_as_an_argument_is_refused_and_not_repeated(
     road: Path, programs: Programs, stage: str, key: str
 ) -> None:

@@ -15,6 +15,8 @@ string in sft/Gen, `label` is a struct in one file and null in the next, English
                                                         never uses; group unasked_fact: facts it never asks about
     eval/choices.jsonl                                  the same facts as multiple choice: the right answer among
                                                         three with other values; `subject` is the group
+
+mini_data/arena, questions for the web page, is written by hand and stays as it is.
 """
 
 import argparse
