@@ -358,3 +358,4 @@ def test_the_demo_meets_its_figures() -> None:
     assert dpo["preference_accuracy"] > sft["preference_accuracy"]
     assert dpo["preference_margin"] > sft["preference_margin"]
     assert dpo["accuracy_new_wording"] >= sft["accuracy_new_wording"] - sft["standard_error_new_wording"]
+    assert dpo["bits_per_byte"] <= 1.1 * sft["bits_per_byte"]
