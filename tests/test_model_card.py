@@ -210,9 +210,8 @@ def test_the_example_in_the_card_runs(
     exec(compile(code, "README.md", "exec"), names)
     model, tokenizer = load_checkpoint(str(road / stage))
     ids = names["answer"][0].tolist()
-    assert capsys.readouterr().out.rstrip("\n") == tokenizer.decode(
-        ids[names["prompt"]["input_ids"].shape[1] :], skip_special_tokens=True
-    )
+    answer = tokenizer.decode(ids[names["prompt"]["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert capsys.readouterr().out == answer + "\n"
     assert len(ids) == names["prompt"]["input_ids"].shape[1] + 5 or ids[-1] == tokenizer.eos_token_id
 
 

@@ -680,6 +680,7 @@ def test_what_cannot_be_served_is_said_in_one_line(
     checkpoints: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MINI_QWEN_API_KEY", raising=False)
+    before = signal.getsignal(signal.SIGINT)
     fine = checkpoints["raw"]
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -702,7 +703,7 @@ def test_what_cannot_be_served_is_said_in_one_line(
     ]:
         assert words in refused([fine, *argv])
     assert capsys.readouterr().out.strip() == ""
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_vllm_takes_over(checkpoints: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
