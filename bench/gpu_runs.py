@@ -109,7 +109,7 @@ def parity(folder: Path, tiny: bool, seconds: float) -> Facts:
         of_gpu = losses(folder / name)
         furthest = max(abs(gpu - cpu) / cpu for gpu, cpu in zip(of_gpu, of_cpu, strict=True))
         found[name] = {"steps": len(of_gpu), "largest_relative_difference": round(furthest, 6), "last": of_gpu[-1]}
-    return {"cpu_last": of_cpu[-1], "gpu": found}
+    return {"cpu_last": of_cpu[-1], "attention": found}
 
 
 def resume(folder: Path, tiny: bool, seconds: float) -> Facts:
@@ -135,7 +135,7 @@ def difference(one: Path, other: Path) -> float:
 
 
 def demo(folder: Path, tiny: bool, seconds: float) -> Facts:
-    """The demo's five stages with their recipes as they are; seconds of each, and the report's tables."""
+    """The demo's five stages with their recipes as they are, in demo_results, which is emptied; seconds, tables."""
     del folder, tiny
     end = time.monotonic() + seconds
     shutil.rmtree(ROOT / "demo_results", ignore_errors=True)

@@ -1,6 +1,7 @@
 """The head's matrix on a few hundred tokens at a time: scores and gradients, in buffers that all chunks share."""
 
-import importlib.util
+import functools
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,23 @@ import torch
 # enough to fill a GPU. 220 and 1,766 tokens at Qwen's vocabulary.
 CHUNK_NUMBERS = {"cpu": 2**25, "cuda": 2**28}
 ROWS_AT_ONCE = 64
+
+
+@functools.cache
+def row_kernels_work() -> bool:
+    """Whether Triton is there and can build its kernels for the GPU, for which it needs a C compiler."""
+    try:
+        from mini_qwen.row_kernels import score_rows
+
+        score_rows(torch.zeros(1, 1, device="cuda"), torch.zeros(1, dtype=torch.int64, device="cuda"))
+    except Exception as error:
+        warnings.warn(
+            f"Triton cannot be used here ({type(error).__name__}: {error}): the loss head takes torch's own "
+            "operations, which need more time and memory. Installing gcc and Python's headers usually mends it.",
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 class Scores(NamedTuple):
@@ -39,7 +57,7 @@ class Head:
         self.chunks = chunks(len(hidden), chunk_tokens)
         shape = (self.chunks[0].stop if self.chunks else 0, len(weight))
         self.logits = hidden.new_empty(shape, dtype=dtype)
-        self.has_kernels = hidden.is_cuda and importlib.util.find_spec("triton") is not None
+        self.has_kernels = hidden.is_cuda and row_kernels_work()
         if not self.has_kernels:
             self.probabilities = hidden.new_empty(shape, dtype=torch.float32)
         if with_gradients:

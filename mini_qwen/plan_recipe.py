@@ -17,6 +17,9 @@ from mini_qwen.plan import Machine, Run
 from mini_qwen.recipe import parse_recipe
 from mini_qwen.stages import STAGES, find_stage
 
+# What `attn_implementation` names that keeps documents apart by a mask held in memory; auto is planned as SDPA.
+MASKING = ("auto", "eager", "sdpa")
+
 
 class Recipe(NamedTuple):
     path: str
@@ -24,7 +27,7 @@ class Recipe(NamedTuple):
     data: DataKeys
     training: TrainingArguments
     config: Qwen2Config
-    attention: str  # as written; auto: the plan is for SDPA, which needs more than flash attention
+    attention: str  # as written; auto: the plan is for SDPA, which needs more than the others
 
     @property
     def length(self) -> int:
@@ -140,8 +143,8 @@ def make_run(recipe: Recipe, machine: Machine, tokens: int | None, rows: int | N
         precision=precision,
         half_weights=training.low_memory,
         alone=bool(training.low_memory or (training.muon_learning_rate and training.max_grad_norm)),
-        # Documents of a block are kept apart, and pairs are filled up with pads. Flash attention needs no mask for it.
-        masked="flash" not in recipe.attention and getattr(recipe.data, "isolate_documents", True),
+        # Documents of a block are kept apart, and pairs are filled up with pads.
+        masked=recipe.attention in MASKING and getattr(recipe.data, "isolate_documents", True),
         checkpointing=bool(training.activation_checkpointing or training.gradient_checkpointing),
         loss_head="full" if head in ("full", "library") else "chunked",
         reference="ahead" if ahead else "each step" if recipe.stage == "dpo" else "none",

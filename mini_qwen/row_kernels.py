@@ -60,8 +60,8 @@ def score_rows(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of logits [n, V], contiguous, and labels [n] int64.
 
-    Returns log of the sum of exp, the label's logit, whether none is higher, and the entropy in nats; each [n], fp32
-    but for the bool.
+    Returns the logarithm of the sum of exp, the label's logit, whether none is higher, and the entropy in nats; each
+    [n], fp32 but for the bool.
     """
     log_z, chosen, entropy = (logits.new_empty(len(logits), dtype=torch.float32) for _ in range(3))
     is_top1 = torch.empty_like(labels, dtype=torch.bool)

@@ -34,12 +34,17 @@ def choose_attention(
     """Flash attention where the GPU (compute capability 8 or newer) can, else `sdpa`.
 
     Of the flash attentions that are installed the newest that the GPU can; else `varlen`, torch's own, which is for
-    packed rows and knows no dropout.
+    packed rows of 16-bit numbers and knows no dropout.
 
     Raises SystemExit when `varlen` is asked for where it cannot be.
     """
-    if wanted == "varlen" and (not packed or dropout > 0):
-        reason = f"attention_dropout is {dropout}" if packed else "pairs are padded, not packed"
+    obstacles = {
+        "pairs are padded, not packed": not packed,
+        f"attention_dropout is {dropout}": dropout > 0,
+        "precision is fp32, and it computes in bf16 or fp16": precision == "fp32",
+    }
+    if wanted == "varlen" and any(obstacles.values()):
+        reason = next(reason for reason, stands in obstacles.items() if stands)
         raise SystemExit(f"attn_implementation: varlen is not possible here: {reason}. Leave the key out.")
     if wanted != "auto":
         return wanted
@@ -151,6 +156,8 @@ class PreferenceConfig(StageKeys, DPOConfig):
         ("dataset_num_proc", "padding_free", "pad_token", "pad_to_multiple_of", "truncation_mode"),
         "nothing: pairs are prepared by mini_qwen.preferences, see docs/data.md",
     )
+    # The reference would be scored by layers that are not compiled, and differ from the policy in its last digits.
+    decided["compile_layers"] = "nothing: layers are compiled in PT and SFT, where all batches have like sizes"
     gradient_checkpointing: bool | None = None
     train_sampling_strategy: str = "group_by_length"  # batches of pairs of like length, see mini_qwen/sampler.py
     precompute_ref_log_probs: bool = True  # one pass before training, so that no second model is held

@@ -174,9 +174,7 @@ def test_a_checkpoint_is_complete_and_knows_its_stage(tokenizer: PreTrainedToken
     assert loaded.config.training_stage == "pt"
     # Versions before 5 read the one, those from 5 on the other.
     written = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
-    assert (
-        written["rope_theta"] == written["rope_parameters"]["rope_theta"] == 1_000_000
-    )  # older versions read the one
+    assert written["rope_theta"] == written["rope_parameters"]["rope_theta"] == 1_000_000
     assert loaded.generation_config.eos_token_id == loaded.config.eos_token_id == stop
     assert loaded.generation_config.pad_token_id == loaded.config.pad_token_id == pad
     assert loaded.config.bos_token_id is None

@@ -1,5 +1,7 @@
 """torch's own flash attention: where it is chosen and refused, and that it keeps the rows of a batch apart."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -22,11 +24,11 @@ def test_a_gpu_takes_a_flash_attention_for_packed_rows_in_bf16() -> None:
     assert choose_attention("auto", "bf16", dropout=0.1) != "varlen"
 
 
-@pytest.mark.parametrize("keys", [{"packed": False}, {"dropout": 0.1}])
-def test_it_is_refused_where_it_cannot_be(keys: dict[str, float]) -> None:
+@pytest.mark.parametrize("keys", [{"packed": False}, {"dropout": 0.1}, {"precision": "fp32"}])
+def test_it_is_refused_where_it_cannot_be(keys: dict[str, Any]) -> None:
     assert choose_attention("varlen", "bf16") == "varlen"
     with pytest.raises(SystemExit, match="varlen is not possible here"):
-        choose_attention("varlen", "bf16", **keys)
+        choose_attention("varlen", **({"precision": "bf16"} | keys))
 
 
 @pytest.mark.parametrize("given", ["a mask", "nothing"])
