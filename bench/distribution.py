@@ -27,7 +27,7 @@ os.environ["HF_HUB_OFFLINE"] = os.environ["TQDM_DISABLE"] = "1"
 import yaml
 from tabulate import tabulate
 
-from bench.measurement import Facts, processor
+from bench.measurement import Facts, processor, to_words
 from bench.sources import MINI, ROOT
 from bench.step import read_demo_texts
 from mini_qwen.circumstances import circumstances
@@ -73,9 +73,8 @@ def seconds_of(launch: list[str], folder: Path, steps: int) -> Facts:
     output_dir = folder / "out"
     shutil.rmtree(output_dir, ignore_errors=True)
     keys = KEYS | {"tokenizer": folder / "tokenizer", "cache_dir": folder / "cache", "output_dir": output_dir}
-    words = [word for key, value in (keys | {"max_steps": steps}).items() for word in (f"--{key}", str(value))]
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, *launch, "mini_qwen_pt.py", *words]
+    command = [sys.executable, *launch, "mini_qwen_pt.py", *to_words(keys | {"max_steps": steps})]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     if done.returncode:
         raise SystemExit(f"{' '.join(launch)} failed: {(done.stdout + done.stderr)[-3000:]}")

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,29 +36,21 @@ RESULTS = Path(__file__).parent / "results"
 
 
 class Part(NamedTuple):
+    measure: Callable[[Path, bool, float], Facts]  # in a folder; tiny or not; seconds that it may take
     seconds: float  # after which it is ended
     together: bool = False  # beside the other parts of which this is said
 
 
 PARTS = {
-    "head": Part(60),
-    "step": Part(270),
-    "pretrain": Part(240),
-    "low_memory": Part(300, together=True),
-    "parity": Part(300, together=True),
-    "resume": Part(300, together=True),
-    "demo": Part(300, together=True),
+    "head": Part(gpu_head.head, 60),
+    "step": Part(gpu_steps.step, 270),
+    "pretrain": Part(gpu_runs.pretrain, 240),
+    "low_memory": Part(gpu_runs.low_memory, 300, together=True),
+    "parity": Part(gpu_runs.parity, 300, together=True),
+    "resume": Part(gpu_runs.resume, 300, together=True),
+    "demo": Part(gpu_runs.demo, 300, together=True),
 }
 SHOWN = ("tokens_per_s", "mfu", "micro_batch_ms", "first_step_s", "peak_allocated_gb", "peak_reserved_gb", "failed")
-WORKS = {
-    "head": gpu_head.head,
-    "step": gpu_steps.step,
-    "low_memory": gpu_runs.low_memory,
-    "parity": gpu_runs.parity,
-    "resume": gpu_runs.resume,
-    "demo": gpu_runs.demo,
-    "pretrain": gpu_runs.pretrain,
-}
 
 
 def start(name: str, args: argparse.Namespace) -> subprocess.Popen:
@@ -83,7 +76,7 @@ def work(name: str, args: argparse.Namespace) -> None:
     logging.set_verbosity_error()
     started = time.time()
     with tempfile.TemporaryDirectory(prefix="mini_qwen_bench_") as folder:
-        facts = gpu_steps.attempt(WORKS[name], Path(folder), args.tiny, PARTS[name].seconds - 30)
+        facts = gpu_steps.attempt(PARTS[name].measure, Path(folder), args.tiny, PARTS[name].seconds - 30)
         if (Path(folder) / "keep").is_dir():
             shutil.copytree(Path(folder) / "keep", args.output_dir / f"gpu_{name}", dirs_exist_ok=True)
     write(name, args, facts, started)

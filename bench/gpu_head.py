@@ -7,18 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy, linear
-from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, _ChunkedLogProbFunction
 
 from bench.gpu_steps import LENGTH, ROWS, attempt
+from bench.head import Loss, ours, plain, trl
 from bench.measurement import Facts
-from mini_qwen.token_scores import score_tokens
-
-Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # hidden, weight, labels -> their mean loss
-
-
-def plain_head(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return cross_entropy(linear(hidden, weight).float(), labels)
 
 
 def liger_head(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -27,22 +19,12 @@ def liger_head(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor)
     return LigerFusedLinearCrossEntropyLoss()(weight.bfloat16(), hidden.bfloat16(), labels)
 
 
-def trl_head(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    chunk = _CHUNKED_LOGPROB_CHUNK_SIZE
-    outputs = ("log_probs",)
-    return -_ChunkedLogProbFunction.apply(hidden, weight, None, labels, 1.0, chunk, None, 1.0, outputs)[0].mean()
-
-
-def our_head(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, equal_weights: bool) -> torch.Tensor:
-    return -score_tokens(hidden, weight, labels, equal_weights).log_probs.mean()
-
-
 HEADS: dict[str, Loss] = {
-    "plain": plain_head,
+    "plain": plain,
     "Liger": liger_head,
-    "trl": trl_head,
-    "ours, tokens weigh the same": partial(our_head, equal_weights=True),
-    "ours, tokens weigh differently": partial(our_head, equal_weights=False),
+    "trl": trl,
+    "ours, tokens weigh the same": partial(ours, equal_weights=True),
+    "ours, tokens weigh differently": partial(ours, equal_weights=False),
 }
 
 
@@ -84,13 +66,13 @@ def run(loss: Loss, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Te
     return value.item()
 
 
-def measure_head(loss: Loss, plain: list[torch.Tensor], products: float, *tensors: torch.Tensor) -> Facts:
+def measure_head(loss: Loss, expected: list[torch.Tensor], products: float, *tensors: torch.Tensor) -> Facts:
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     value = run(loss, *tensors)
     peak = torch.cuda.max_memory_allocated() - before
     gradients = [tensor.grad for tensor in tensors[:2]]
-    distances = [(own - true).norm() / true.norm() for own, true in zip(gradients, plain, strict=True)]
+    distances = [(own - true).norm() / true.norm() for own, true in zip(gradients, expected, strict=True)]
     took = milliseconds(lambda: run(loss, *tensors))
     return {
         "ms": round(took, 2),
@@ -109,9 +91,9 @@ def head(folder: Path, tiny: bool, seconds: float) -> Facts:
     weight = (torch.randn(vocabulary, width, device="cuda") * 0.02).requires_grad_()
     labels = torch.randint(vocabulary, (tokens,), device="cuda")
     products = products_ms(hidden, weight)
-    run(plain_head, hidden, weight, labels)
-    plain = [hidden.grad.clone(), weight.grad.clone()]
+    run(plain, hidden, weight, labels)
+    gradients = [hidden.grad.clone(), weight.grad.clone()]
     found = {
-        name: attempt(measure_head, loss, plain, products, hidden, weight, labels) for name, loss in HEADS.items()
+        name: attempt(measure_head, loss, gradients, products, hidden, weight, labels) for name, loss in HEADS.items()
     }
     return {"matrix_tflops": matrix_tflops(), "three_products_ms": round(products, 2), "heads": found}

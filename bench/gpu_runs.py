@@ -12,7 +12,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from bench.gpu_steps import attempt
-from bench.measurement import Facts
+from bench.measurement import Facts, to_words
 from bench.sources import ROOT, SHARED, sample_files, tokenizer_path
 
 CORPUS = SHARED / "corpus"
@@ -41,15 +41,6 @@ MEASURED = (
     "import sys, json, torch, importlib; importlib.import_module(sys.argv[1]).main(sys.argv[2:]); "
     "print(json.dumps({'allocated': torch.cuda.max_memory_allocated(), 'reserved': torch.cuda.max_memory_reserved()}))"
 )
-
-
-def words(keys: dict[str, Any]) -> list[str]:
-    """As a command line has them."""
-    return [
-        word
-        for key, value in keys.items()
-        for word in (f"--{key}", *(map(str, value) if isinstance(value, list) else [str(value)]))
-    ]
 
 
 def run(program: list[str], cpu: bool = False, seconds: float | None = None) -> str:
@@ -90,7 +81,7 @@ def low_memory(folder: Path, tiny: bool, seconds: float) -> Facts:
 
 def peaks_of(stage: str, keys: dict[str, Any], seconds: float) -> Facts:
     started = time.monotonic()
-    said = run(["-c", MEASURED, f"mini_qwen_{stage}", *words(keys)], seconds=seconds)
+    said = run(["-c", MEASURED, f"mini_qwen_{stage}", *to_words(keys)], seconds=seconds)
     peaks = {f"{key}_gb": round(value / 1e9, 2) for key, value in json.loads(said.splitlines()[-1]).items()}
     return peaks | {"losses": losses(Path(keys["output_dir"])), "seconds": round(time.monotonic() - started, 1)}
 
@@ -99,13 +90,13 @@ def parity(folder: Path, tiny: bool, seconds: float) -> Facts:
     """50 steps of a small model with Qwen's vocabulary: the GPU in bf16 against the CPU in fp32, same rows."""
     del seconds
     keys = SMALL | {"max_steps": 5 if tiny else 50, "cache_dir": folder / "cache", "save_strategy": "no"}
-    run(["mini_qwen_pt.py", *words(keys | {"output_dir": folder / "cpu", "needs_gpu": "false"})], cpu=True)
+    run(["mini_qwen_pt.py", *to_words(keys | {"output_dir": folder / "cpu", "needs_gpu": "false"})], cpu=True)
     of_cpu, found = losses(folder / "cpu"), {}
     for name, levers in {
         "varlen, compiled": {"attn_implementation": "varlen", "compile_layers": "true"},
         "sdpa": {"attn_implementation": "sdpa"},
     }.items():
-        run(["mini_qwen_pt.py", *words(keys | levers | {"output_dir": folder / name})])
+        run(["mini_qwen_pt.py", *to_words(keys | levers | {"output_dir": folder / name})])
         of_gpu = losses(folder / name)
         furthest = max(abs(gpu - cpu) / cpu for gpu, cpu in zip(of_gpu, of_cpu, strict=True))
         found[name] = {"steps": len(of_gpu), "largest_relative_difference": round(furthest, 6), "last": of_gpu[-1]}
@@ -121,10 +112,10 @@ def resume(folder: Path, tiny: bool, seconds: float) -> Facts:
         keys |= {"attn_implementation": attention}
         whole, again, resumed = (folder / f"{attention}-{name}" for name in ("whole", "again", "resumed"))
         for place in (whole, again):
-            run(["mini_qwen_pt.py", *words(keys | {"output_dir": place})])
+            run(["mini_qwen_pt.py", *to_words(keys | {"output_dir": place})])
         shutil.copytree(whole / "checkpoint-6", resumed / "checkpoint-6")
         keys |= {"output_dir": resumed, "resume_from_checkpoint": resumed / "checkpoint-6"}
-        run(["mini_qwen_pt.py", *words(keys)])
+        run(["mini_qwen_pt.py", *to_words(keys)])
         found[attention] = {name: difference(whole, other) for name, other in (("again", again), ("resumed", resumed))}
     return found
 
@@ -156,11 +147,11 @@ def pretrain(folder: Path, tiny: bool, seconds: float) -> Facts:
     keys |= {"tokenizer": SHARED / "tokenizer8k"}
     keys |= {"max_steps": 20, "lr_scheduler_kwargs": '{"num_decay_steps": 6}'} if tiny else {}
     started = time.monotonic()
-    run(["mini_qwen_pt.py", *words(keys)])
+    run(["mini_qwen_pt.py", *to_words(keys)])
     took = time.monotonic() - started
     (folder / "prompts.txt").write_text("\n".join(OPENINGS) + "\n", encoding="utf-8")
     keys = {"checkpoints": folder / "pt", "parts": "prompts", "prompts": folder / "prompts.txt"}
-    run(["mini_qwen_eval.py", *words(keys | {"output_dir": folder / "eval"})])
+    run(["mini_qwen_eval.py", *to_words(keys | {"output_dir": folder / "eval"})])
     keep = folder / "keep"
     keep.mkdir()
     for file in ("trainer_state.json", "run.json", "training_loss.png", "data_ledger.json"):

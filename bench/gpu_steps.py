@@ -18,7 +18,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from bench.measurement import Facts
+from bench.measurement import Facts, to_words
 from bench.sources import tokenizer_path, write_texts
 from bench.step import documents
 from mini_qwen.blocks import BlockCollator, Blocks
@@ -79,8 +79,7 @@ def read_recipe(folder: Path, tiny: bool, **keys: Any) -> tuple[PTConfig, NewMod
     """recipes/pt.yaml with `keys` changed; tiny: of two layers."""
     changes = {"tokenizer": tokenizer_path(), "output_dir": folder / "out"} | QUIET | keys
     changes |= {"num_hidden_layers": 2} if tiny else {}
-    words = [word for key, value in changes.items() for word in (f"--{key}", str(value))]
-    return parse_recipe(DocumentData, PTConfig, NewModel, argv=words, default="recipes/pt.yaml")[1:]
+    return parse_recipe(DocumentData, PTConfig, NewModel, argv=to_words(changes), default="recipes/pt.yaml")[1:]
 
 
 def naive(folder: Path, tiny: bool, liger: bool = False) -> Trainer:
@@ -170,11 +169,11 @@ def profile_step(folder: Path, tiny: bool, **keys: Any) -> Facts:
     return {"all_kernels_ms": round(total, 1), "kernels": lines}
 
 
-def forecast_gb(folder: Path, tiny: bool, masked: bool, loss_head: str, checkpointing: bool = False) -> float:
+def forecast_gb(folder: Path, tiny: bool, masked: bool, loss_head: str) -> float:
     """What the planner says of a step on fp32 weights with layers that are not compiled."""
     _, keys = read_recipe(folder, tiny)
     config = make_config(keys, load_tokenizer(keys.tokenizer))
-    step = Step(ROWS, LENGTH, "autocast", ACCUMULATION, masked, checkpointing, loss_head)
+    step = Step(ROWS, LENGTH, "autocast", ACCUMULATION, masked, loss_head=loss_head)
     return round(sum(memory(config, step, 8 * count_parameters(config)).values()) / 1e9, 2)
 
 
@@ -190,7 +189,7 @@ def attempt(work: Callable[..., Facts], *args: Any, **kwargs: Any) -> Facts:
 
 
 def step(folder: Path, tiny: bool, seconds: float) -> Facts:
-    """Every variant once, then the naive and ours alternating twice more; nothing new begins after `seconds`."""
+    """The naive and ours in turns, three times, then every other variant once; nothing new begins after `seconds`."""
     end = time.monotonic() + seconds
     num_blocks = ROWS * ACCUMULATION * STEPS
     write_texts(folder / "texts", num_blocks * LENGTH * 6 / 1e6)

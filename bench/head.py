@@ -20,8 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from tabulate import tabulate
-from torch.nn.functional import cross_entropy, linear, linear_cross_entropy
-from torch.nn.modules.linear_cross_entropy_options import LinearCrossEntropyOptions
+from torch.nn.functional import cross_entropy, linear
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, _ChunkedLogProbFunction
 
 from bench.measurement import Facts, Work, alternate, medians, processor
@@ -47,6 +46,10 @@ def trl(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> tor
 
 def torchs(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """torch.nn.functional.linear_cross_entropy, with chunks of a size that suits a CPU."""
+    # Imported here, so that bench/gpu_head.py has the other heads with a torch that lacks this one.
+    from torch.nn.functional import linear_cross_entropy
+    from torch.nn.modules.linear_cross_entropy_options import LinearCrossEntropyOptions
+
     options = LinearCrossEntropyOptions(batch_chunk_size=256)
     return linear_cross_entropy(hidden, weight, labels, options=options)
 

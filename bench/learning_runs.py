@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import mini_qwen_pt
+from bench.measurement import to_words
 from mini_qwen.documents import prepare_documents
 from mini_qwen.model import SIZES as SIZE_KEYS
 
@@ -102,12 +103,6 @@ def train(run: Run, folder: Path, corpus: str, eval_every: int) -> None:
     mini_qwen_pt.prepare_documents = lambda data, tokenizer, _: prepare_documents(data, tokenizer, DATA_SEED)
     keys |= {"config": ROOT / "recipes/small/pt.yaml", "train_files": corpus, "eval_rows": 200, "logging_steps": 10}
     mini_qwen_pt.main(to_words(keys | dict(zip(SIZE_KEYS, SIZES[run.size], strict=True)) | run.keys))
-
-
-def to_words(keys: Facts) -> list[str]:
-    """As on the command line."""
-    texts = {key: json.dumps(value) if isinstance(value, dict) else str(value) for key, value in keys.items()}
-    return [word for key, text in texts.items() for word in (f"--{key}", text)]
 
 
 def read_facts(run: Run, output_dir: Path) -> Facts:

@@ -6,6 +6,7 @@ at any time, do not count.
 """
 
 import contextlib
+import json
 import multiprocessing
 import os
 import platform
@@ -104,6 +105,15 @@ def run_in_child(connection: Connection, variant: Variant, kwargs: dict[str, Any
     facts = work()
     times = {"wall_s": time.perf_counter() - wall, "cpu_s": cpu_seconds() - cpu, "unmeasured_s": unmeasured}
     connection.send({key: round(value, 3) for key, value in times.items()} | facts)
+
+
+def to_words(keys: dict[str, Any]) -> list[str]:
+    """Keys of a recipe as on the command line: mappings as JSON, lists as words of their own."""
+    words: list[str] = []
+    for key, value in keys.items():
+        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+        words += [f"--{key}", *map(str, values)]
+    return words
 
 
 def cpu_seconds() -> float:

@@ -28,6 +28,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from programs import VOCAB, Programs, arguments
+from scripted_server import ScriptedServer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import mini_qwen_dpo
@@ -148,6 +149,13 @@ def tiny_model(tokenizer: PreTrainedTokenizerBase) -> MakeModel:
         return model
 
     return make
+
+
+@pytest.fixture
+def scripted() -> Iterator[ScriptedServer]:
+    server = ScriptedServer()
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """backends, model_sources, answer_streams, page_sessions: what answers, how, and what is refused before."""
 
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -42,13 +41,6 @@ def backends(folders: Path) -> dict[str, LocalBackend]:
     opened = open_backends([str(folders / "pt"), str(folders / "sft")], [], parallel=2, timeout=5)
     torch.set_num_threads(threads)  # as the other tests had them
     return {Path(backend.name).name: backend for backend in opened if isinstance(backend, LocalBackend)}
-
-
-@pytest.fixture
-def scripted() -> Iterator[ScriptedServer]:
-    server = ScriptedServer()
-    yield server
-    server.close()
 
 
 @pytest.mark.parametrize(("stage", "raw"), [("pt", False), ("pt", True), ("sft", False), ("sft", True)])

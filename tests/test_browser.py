@@ -2,7 +2,6 @@
 
 import html
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -10,23 +9,12 @@ import numpy as np
 import pytest
 from matplotlib import image
 from test_report import PT, SFT, Report
+from webdriver import BROWSER, QUIET
 
 from mini_qwen.page import Answers, Notice, Picture, Section, Table, Text, render_page
 from mini_qwen.pictures import plot_heat_maps
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome is installed")
-OPTIONS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--hide-scrollbars",
-]
 MAGENTA = (1.0, 0.0, 1.0)
 HOSTILE = '</p><script>document.title = "taken"</script><img src="http://evil.example/x.png">' + "无空格" * 200
 MEASURE = """<script>
@@ -57,7 +45,7 @@ def browse(folder: Path, page: str, width: int, *arguments: str, height: int = 8
     (folder / "report.html").write_text(page, encoding="utf-8")
     window = f"--window-size={width},{height}"
     address = (folder / "report.html").as_uri()
-    command = [str(BROWSER), *OPTIONS, f"--user-data-dir={folder}/profile", window, *arguments, address]
+    command = [str(BROWSER), "--headless", *QUIET, f"--user-data-dir={folder}/profile", window, *arguments, address]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, cwd=folder).stdout
 
 

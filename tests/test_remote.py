@@ -1,7 +1,6 @@
 """mini_qwen/remote.py against a real server: streams, failures in a line, cancelling, and a key that nobody sees."""
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,13 +19,6 @@ from mini_qwen.reply import Reply
 from mini_qwen.sampling import Sampling
 
 GREEDY = Settings(Sampling(), 100, 7)
-
-
-@pytest.fixture
-def scripted() -> Iterator[ScriptedServer]:
-    server = ScriptedServer()
-    yield server
-    server.close()
 
 
 def backend(scripted: ScriptedServer, model: str, key: str | None = None, timeout: float = 10) -> RemoteBackend:

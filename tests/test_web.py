@@ -37,13 +37,6 @@ from mini_qwen.web_texts import CHINESE, ENGLISH, Texts, choose_texts
 SETTINGS = Settings(Sampling(), 50, 3)
 
 
-@pytest.fixture
-def scripted() -> Iterator[ScriptedServer]:
-    server = ScriptedServer()
-    yield server
-    server.close()
-
-
 def answered(scripted: ScriptedServer, model: str, question: str = "x", raw: bool = False) -> AnswerStream:
     backend = RemoteBackend(read_address(f"{scripted.url}#{model}"), None, 5)
     stream = AnswerStream(backend, ask(question), SETTINGS, raw, threading.Event())

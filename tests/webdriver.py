@@ -16,17 +16,20 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 DRIVER = shutil.which("chromedriver")
 MISSING = "no chromium or chrome with its chromedriver is installed" if BROWSER is None or DRIVER is None else None
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the key under which the protocol names an element
-OPTIONS = [
-    "--headless=new",
+QUIET = [  # a browser that asks for nothing of its own
     "--no-sandbox",
     "--disable-gpu",
-    "--disable-dev-shm-usage",
     "--disable-quic",
     "--no-first-run",
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
     "--hide-scrollbars",
+]
+OPTIONS = [
+    *QUIET,
+    "--headless=new",
+    "--disable-dev-shm-usage",
     "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
 ]
 WAIT = 20.0  # seconds for what a page is expected to do
