@@ -72,9 +72,13 @@ class PreparedDPOTrainer(Equipped, DPOTrainer):
         self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
 
     def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Dataset:
-        """Called before the trainer is complete; the reference is scored by the head that the policy will be."""
+        """Called before the trainer is complete; the reference is scored by the head that the policy will be.
+
+        Scores out of the cache leave torch's generator alone, so computing them must too: a DataLoader draws a seed.
+        """
         fit_loss_head(self.model, self.args, equal_weights=False)
-        return super()._precompute_ref_logps(*args, **kwargs)
+        with torch.random.fork_rng(devices=[]):
+            return super()._precompute_ref_logps(*args, **kwargs)
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
         return dataset

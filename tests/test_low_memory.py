@@ -390,6 +390,18 @@ def test_a_killed_run_resumes_to_the_same_weights(road: Path, tmp_path: Path, pr
     assert json.loads((tmp_path / "straight" / "config.json").read_text(encoding="utf-8"))["dtype"] == "float32"
 
 
+def test_reference_scores_out_of_the_cache_lead_to_the_same_weights(
+    road: Path, tmp_path: Path, programs: Programs
+) -> None:
+    """Computing them draws a number, and low_memory rounds at random."""
+    for name in ("computed", "cached"):
+        argv = arguments("dpo", road, output_dir=tmp_path / name, cache_dir=tmp_path / "cache", **LOW_MEMORY)
+        done = programs.run("dpo", argv)
+        assert done.code == 0, done.output
+        assert ("Computing reference log probs" in done.output) == (name == "computed")
+    assert same_weights(tmp_path / "computed", tmp_path / "cached")
+
+
 def test_a_run_cannot_change_its_memory(road: Path, tmp_path: Path, programs: Programs) -> None:
     shared = {"save_strategy": "steps", "save_steps": 2}
     argv = arguments("pt", road, output_dir=tmp_path / "pt", **(shared | LOW_MEMORY))
