@@ -45,7 +45,7 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--port", type=int, default=8000, help="0: any free one")
     parser.add_argument("--api_key", help="what clients must send; better in the environment, MINI_QWEN_API_KEY")
     parser.add_argument("--name", help="what clients call the model; the folder when nothing is said")
-    parser.add_argument("--parallel", type=int, default=4, help="answers at once, which share the cores")
+    parser.add_argument("--parallel", type=int, default=4, help="answers at once, a token of each in turn")
     parser.add_argument("--waiting", type=int, default=32, help="requests that may wait beside them")
     parser.add_argument("--max_tokens", type=int, default=Limits.max_tokens, help="longest answer that may be asked")
     parser.add_argument("--default_tokens", type=int, default=Limits.default_tokens, help="where none is asked for")

@@ -15,6 +15,7 @@ from mini_qwen.reply import Ended, Reply
 from mini_qwen.sampling import Sampling
 from mini_qwen.schemas import Turn
 from mini_qwen.threads import threads_of_each
+from mini_qwen.turns import turns
 
 logger = logging.getLogger(__name__)
 
@@ -27,15 +28,15 @@ class Engine:
     """A checkpoint that answers several requests at once, each in a thread of its own and in a batch of its own.
 
     So an answer is the one that `mini_qwen_eval.py --chat` gives to the same turns with the same settings and seed,
-    whatever else is asked at the same time. The threads share the cores and the weights; each has its own keys and
-    values.
+    whatever else is asked at the same time. The threads share the weights and take turns of a token, with all cores;
+    each has its own keys and values.
     """
 
     def __init__(self, checkpoint: str, parallel: int = 4, name: str | None = None, waiting: int = 32) -> None:
         """Load a checkpoint, on the GPU if there is one. Sets the number of threads that this process computes with.
 
         Args:
-            parallel: answers that are generated at once; each computes with the cores divided by this number.
+            parallel: answers that are under way at once.
             name: what a client calls the model; the folder as it is given when nothing is said.
             waiting: answers that may wait for others to end.
 
@@ -45,7 +46,7 @@ class Engine:
             raise ValueError(f"parallel is {parallel} and waiting {waiting}, but must be at least 1 and 0.")
         self.name = name or checkpoint
         self.model, self.tokenizer = load_checkpoint(checkpoint)
-        torch.set_num_threads(threads_of_each(parallel))
+        torch.set_num_threads(threads_of_each(1))
         self.speaks_chat = speaks_chat(self.model)
         self.context: int = self.model.config.max_position_embeddings  # tokens of a prompt and its answer together
         self.parallel, self.max_waiting = parallel, waiting
@@ -135,13 +136,16 @@ class Engine:
     def generate(self, reply: Reply, prompt: list[int], sampling: Sampling, max_new_tokens: int, seed: int) -> None:
         def write(text: str) -> None:
             reply.write(text, streamer.num_tokens)
+            turns.hand_on()
+            reply.check()  # it may have been cancelled in the meantime
 
         streamer = WholeCharacters(self.tokenizer, write)
         try:
             ids = torch.tensor([prompt])
-            output = continue_batch(
-                self.model, self.tokenizer, ids, torch.ones_like(ids), max_new_tokens, sampling, [seed], streamer
-            )
+            with turns:
+                output = continue_batch(
+                    self.model, self.tokenizer, ids, torch.ones_like(ids), max_new_tokens, sampling, [seed], streamer
+                )
             reply.end("stop" if self.tokenizer.eos_token_id in output[0].tolist() else "length")
         except Ended:
             pass

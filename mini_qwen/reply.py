@@ -82,10 +82,14 @@ class Reply:
         with self.changed:
             self.watcher = watcher
 
-    def write(self, text: str, num_tokens: int) -> None:
-        """Add what the generation has decoded. Raises Ended where it is to end."""
+    def check(self) -> None:
+        """Raises Ended where the generation is to go no further."""
         if self.ended:
             raise Ended
+
+    def write(self, text: str, num_tokens: int) -> None:
+        """Add what the generation has decoded. Raises Ended where it is to end."""
+        self.check()
         self.num_tokens = num_tokens
         self.add(self.stop.pass_on(text))
         if self.stop.found:
