@@ -9,6 +9,7 @@ from transformers import Trainer
 from transformers.trainer_utils import SaveStrategy
 
 from mini_qwen.checkpoint import find_checkpoints
+from mini_qwen.low_memory import state_bytes
 
 # Bytes of optimizer state for each parameter; of one that is not named, AdamW's, which hardly any exceeds.
 OPTIMIZER_BYTES = {"sgd": 0, "adafactor": 1, "lion": 4, "8bit": 2, "4bit": 1, "adamw": 8}
@@ -40,8 +41,8 @@ def checkpoint_bytes(trainer: Trainer) -> int:
 def optimizer_bytes(trainer: Trainer) -> int:
     weights = [weight for weight in trainer.model.parameters() if weight.requires_grad]
     num_parameters = sum(weight.numel() for weight in weights)
-    if trainer.args.low_memory:  # bytes of the weights, of two moments, and scales; vectors have moments of 4 bytes
-        return sum(weight.numel() * (3 if weight.ndim > 1 else 9) for weight in weights) + num_parameters // 32
+    if trainer.args.low_memory:
+        return state_bytes(weights)
     if trainer.optimizer is None:
         name = str(trainer.args.optim)
         return num_parameters * next((size for key, size in OPTIMIZER_BYTES.items() if key in name.lower()), 8)

@@ -23,7 +23,7 @@ NEUTRAL |= {"resume_from_checkpoint", "allow_changes", "prepare_only", "needs_gp
 NEUTRAL |= {"skip_memory_metrics", "restore_callback_states_from_checkpoint", "deepspeed"}
 NEUTRAL |= {f"dataloader_{name}" for name in ("num_workers", "pin_memory", "persistent_workers", "prefetch_factor")}
 NEUTRAL |= {"dataloader_multiprocessing_context", "dataloader_in_order"}
-NEUTRAL |= {"parallelism_config", "precompute_ref_batch_size", "torch_empty_cache_steps", "bf16", "fp16"}
+NEUTRAL |= {"parallelism_config", "torch_empty_cache_steps", "bf16", "fp16"}
 # Stand in the optimizer's state and come back with it, whatever the recipe says.
 IN_CHECKPOINT = {"weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "optim_args", "low_memory"}
 # Of a config: who wrote it and where it lies.
@@ -33,8 +33,7 @@ FOREIGN_CONFIG = {"transformers_version", "_name_or_path", "dtype", "use_cache",
 def make_fingerprint(trainer: Trainer) -> dict[str, Any]:
     """Names and values that a run and its continuation have in common, as JSON holds them.
 
-    Equal fingerprints and the same checkpoint give the same weights, bit for bit, on one kind of machine. With
-    dropout, evaluations must come at the same steps too: each draws a number from torch's generator.
+    Equal fingerprints and the same checkpoint give the same weights, bit for bit, on one kind of machine.
     """
     args, model = trainer.args, trainer.model
     found = {

@@ -83,6 +83,14 @@ class Guarded:
         else:
             self.control.should_training_stop = True
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Leaves torch's generator alone, so that evaluating changes nothing of what is learnt.
+
+        The DataLoader draws a seed, and low_memory rounds and dropout drops by that generator.
+        """
+        with torch.random.fork_rng(devices=[]):
+            return super().evaluate(*args, **kwargs)
+
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         loader = super()._get_dataloader(*args, **kwargs)
         loader.base_dataloader.worker_init_fn = partial(ignore_signals, loader.base_dataloader.worker_init_fn)

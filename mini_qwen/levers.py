@@ -53,6 +53,8 @@ def why_not_chunked(model: PreTrainedModel, args: TrainingArguments) -> str | No
         return "ZeRO-3 gathers the head's matrix for the model's own forward pass only"
     if getattr(args, "use_weighting", False):
         return "use_weighting needs sums over the vocabulary that it does not make"
+    if args.label_smoothing_factor > 0:
+        return "label_smoothing_factor needs all logits"
     head = model.get_output_embeddings()
     if type(head) is not torch.nn.Linear or head.bias is not None:
         return "the model's head is not one matrix"

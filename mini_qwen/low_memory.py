@@ -28,7 +28,7 @@ class LowMemoryAdamW(torch.optim.Optimizer):
 
     A state holds for each weight, in rows of BLOCK: `low` int8, the byte behind the bf16 weight; `mean` int8 and
     `square` uint8, the moments, with `mean_scale` and `square_scale` fp32 for each row. Vectors, and matrices whose
-    size is no multiple of BLOCK, are one row and have fp32 moments.
+    size is no multiple of BLOCK, have fp32 moments, and rows of one.
 
     Gradients may be bf16 or fp32. Raises ValueError for weights that are not bf16.
     """
@@ -70,10 +70,21 @@ class LowMemoryAdamW(torch.optim.Optimizer):
             }
 
 
+def has_blocks(weight: torch.Tensor) -> bool:
+    return weight.ndim > 1 and weight.numel() % BLOCK == 0
+
+
+def state_bytes(weights: Iterable[torch.Tensor]) -> int:
+    """Of all states: 3 bytes a weight and two scales a block, or 9 bytes a weight."""
+    return sum(
+        3 * weight.numel() + 8 * weight.numel() // BLOCK if has_blocks(weight) else 9 * weight.numel()
+        for weight in weights
+    )
+
+
 def new_state(weight: torch.Tensor) -> dict[str, Any]:
-    in_blocks = weight.ndim > 1 and weight.numel() % BLOCK == 0
-    shape = (-1, BLOCK) if in_blocks else (1, -1)
-    low = torch.zeros_like(weight, dtype=torch.int8).view(shape)
+    in_blocks = has_blocks(weight)
+    low = torch.zeros_like(weight, dtype=torch.int8).view(-1, BLOCK if in_blocks else 1)
     if not in_blocks:
         moments = {name: torch.zeros_like(low, dtype=torch.float32) for name in ("mean", "square")}
         return {"step": 0, "low": low} | moments
@@ -174,5 +185,6 @@ def widen(model: PreTrainedModel, optimizer: LowMemoryAdamW) -> None:
     """Make the model fp32, with the further byte of its weights, to be written down. It cannot be trained on then."""
     optimizer.zero_grad()
     for weight in model.parameters():
+        assert weight.dtype == torch.bfloat16
         low = optimizer.state[weight]["low"].view_as(weight) if weight in optimizer.state else None
         weight.data = weight.data.float() if low is None else join(weight.data, low)

@@ -17,6 +17,7 @@ from mini_qwen.plan_time import GPU, Network, communication_seconds, flops_per_t
 # Assumed, not measured: CUDA's context with its libraries, and memory that the allocator holds but cannot give.
 CONTEXT_BYTES, FRAGMENTATION = 1_000_000_000, 0.05
 MOST_GPUS = 1024
+MUON_STAGES = (0, 2)  # of ZeRO; see mini_qwen/zero_muon.py
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Run:
     max_steps: int = 0  # 0: by epochs
     precision: Literal["auto", "bf16", "fp16"] = "auto"  # as written; auto: bf16 where the GPU has it
     half_weights: bool = False  # low_memory: else fp32 weights or masters
+    muon: bool = False  # muon_learning_rate
     alone: bool = False  # the optimizer works on one process only
     masked: bool = False  # SDPA keeps documents, or pads, apart
     checkpointing: bool = False
@@ -66,6 +68,13 @@ class Run:
         parts = memory(self.config, step, self.state_bytes, machine.zero, machine.gpus)
         second = step.weight_width * count_parameters(self.config) if self.reference == "each step" else 0
         return parts | {"weights": parts["weights"] + second}
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """Of ZeRO, those under which its optimizer works; 0: without DeepSpeed."""
+        if self.alone:
+            return (0,)
+        return MUON_STAGES if self.muon else (0, 1, 2, 3)
 
     def fits(self, machine: Machine) -> bool:
         return sum(self.memory(machine).values()) <= machine.room

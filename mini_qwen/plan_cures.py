@@ -4,10 +4,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
-from transformers import Qwen2Config
+import torch
 
+from mini_qwen.low_memory import state_bytes
 from mini_qwen.plan import MOST_GPUS, Machine, Run
-from mini_qwen.plan_parameters import count_parameters
+from mini_qwen.plan_parameters import empty_model
 
 CHECKPOINTING = "activation_checkpointing: true"
 
@@ -29,9 +30,14 @@ def cures(run: Run, machine: Machine) -> list[Cure]:
         tried.append((CHECKPOINTING, spared, machine))
         tried += [(f"{CHECKPOINTING}, {what}", less, machine) for what, less in smaller_batches(spared)]
     if machine.gpus == 1 and not run.alone:
-        low = replace(spared, half_weights=True, state_bytes=low_memory_bytes(run.config))
-        tried += [(f"low_memory: true, {CHECKPOINTING}", low, machine)]
-        tried += [(f"low_memory: true, {CHECKPOINTING}, {what}", less, machine) for what, less in smaller_batches(low)]
+        # Its optimizer takes the place of Muon and works without DeepSpeed.
+        keys = f"low_memory: true, {'muon_learning_rate: null, ' * run.muon}{CHECKPOINTING}"
+        keys += f", --zero 0 in place of {machine.zero}" * (machine.zero > 0)
+        weights = empty_model(run.config, torch.bfloat16).parameters()
+        low = replace(spared, half_weights=True, muon=False, state_bytes=state_bytes(weights))
+        single = replace(machine, zero=0)
+        tried += [(keys, low, single)]
+        tried += [(f"{keys}, {what}", less, single) for what, less in smaller_batches(low)]
     number = machine.gpus * 2
     while number <= MOST_GPUS and not run.alone:
         shared, more = run.on(number, of=machine.gpus), replace(machine, gpus=number, zero=machine.zero or 2)
@@ -44,11 +50,6 @@ def cures(run: Run, machine: Machine) -> list[Cure]:
         if kind not in found and other.fits(place):  # of each kind the first, which changes least
             found[kind] = Cure(what, sum(other.memory(place).values()))
     return list(found.values())
-
-
-def low_memory_bytes(config: Qwen2Config) -> int:
-    """A byte more of each weight, two moments of 8 bits, and their scales, as in mini_qwen/disk.py without vectors."""
-    return 3 * count_parameters(config) + count_parameters(config) // 32
 
 
 def smaller_batches(run: Run) -> Iterator[tuple[str, Run]]:

@@ -1,6 +1,13 @@
 """The planner's sizes: the parameters of a Qwen2 config, exact, and which of them multiply."""
 
-from transformers import Qwen2Config
+import torch
+from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+
+
+def empty_model(config: Qwen2Config, dtype: torch.dtype) -> PreTrainedModel:
+    """The model without memory for its weights."""
+    with torch.device("meta"):
+        return Qwen2ForCausalLM._from_config(config, dtype=dtype)
 
 
 def widths(config: Qwen2Config) -> tuple[int, int, int, int]:

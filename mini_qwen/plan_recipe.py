@@ -7,13 +7,14 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, TrainingArguments
+from transformers import Qwen2Config, TrainingArguments
 
 from mini_qwen.disk import checkpoint_bytes, most_checkpoints, optimizer_bytes
 from mini_qwen.files import DataKeys
 from mini_qwen.model import SIZES, NewModel, TrainedModel, resize_config
 from mini_qwen.optimizer import make_optimizer
-from mini_qwen.plan import Machine, Run
+from mini_qwen.plan import MUON_STAGES, Machine, Run
+from mini_qwen.plan_parameters import empty_model
 from mini_qwen.recipe import parse_recipe
 from mini_qwen.stages import STAGES, find_stage
 
@@ -126,9 +127,14 @@ def make_run(recipe: Recipe, machine: Machine, tokens: int | None, rows: int | N
             f"{recipe.path}: muon_learning_rate is {training.muon_learning_rate}, and max_grad_norm "
             f"{training.max_grad_norm}. Muon does not clip under DeepSpeed: plan for --gpus 1, or --max_grad_norm 0."
         )
+    if training.muon_learning_rate and machine.zero not in MUON_STAGES:
+        raise SystemExit(
+            f"{recipe.path}: muon_learning_rate is {training.muon_learning_rate}, which works under ZeRO-2 or without "
+            f"DeepSpeed, not under ZeRO-{machine.zero}. Plan for --zero 2."
+        )
     rows, tokens = count_rows(recipe, tokens, rows)
     ahead = recipe.stage == "dpo" and training.precompute_ref_log_probs
-    head = loss_head or training.loss_head
+    head = loss_head or ("full" if training.label_smoothing_factor else training.loss_head)
     return Run(
         config=recipe.config,
         rows=rows,
@@ -142,6 +148,7 @@ def make_run(recipe: Recipe, machine: Machine, tokens: int | None, rows: int | N
         max_steps=max(0, training.max_steps),
         precision=precision,
         half_weights=training.low_memory,
+        muon=bool(training.muon_learning_rate),
         alone=bool(training.low_memory or (training.muon_learning_rate and training.max_grad_norm)),
         # Documents of a block are kept apart, and pairs are filled up with pads.
         masked=recipe.attention in MASKING and getattr(recipe.data, "isolate_documents", True),
@@ -151,16 +158,10 @@ def make_run(recipe: Recipe, machine: Machine, tokens: int | None, rows: int | N
     )
 
 
-def shapes(config: Qwen2Config, dtype: torch.dtype) -> PreTrainedModel:
-    """The model without memory for its weights."""
-    with torch.device("meta"):
-        return Qwen2ForCausalLM._from_config(config, dtype=dtype)
-
-
 def stand_in(recipe: Recipe, zero: int) -> Any:
     """What mini_qwen/disk.py looks at of a trainer."""
     training: Any = recipe.training
-    model = shapes(recipe.config, torch.bfloat16 if training.low_memory else torch.float32)
+    model = empty_model(recipe.config, torch.bfloat16 if training.low_memory else torch.float32)
     training.deepspeed_plugin = SimpleNamespace(zero_stage=zero) if zero else None
     training.precision = "bf16"  # or fp16, which is stored as large
     optimizer = None if zero else make_optimizer(model, training, training.muon_learning_rate)

@@ -10,17 +10,30 @@ from pathlib import Path
 import psutil
 
 VARIABLE = "OMP_NUM_THREADS"
-CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # "200000 100000": 200 of every 100 milliseconds; "max 100000": no limit
+CGROUP = Path("/sys/fs/cgroup")
 
 
-def available_cores(quota_file: Path = CPU_QUOTA) -> int:
+def quota_of_cores(cgroup: Path = CGROUP) -> int | None:
+    """The cores that a container may use; None without a limit.
+
+    cgroup v2: "200000 100000" in cpu.max are 200 of every 100 milliseconds, "max 100000" is no limit. v1: the same two
+    numbers, a file each; -1 is no limit.
+    """
+    files = [cgroup / "cpu.max"]
+    if not files[0].is_file():
+        files = [cgroup / "cpu" / name for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us")]
+    if not all(file.is_file() for file in files):
+        return None
+    quota, period = " ".join(file.read_text(encoding="utf-8") for file in files).split()
+    return None if quota in ("max", "-1") else int(quota) // int(period)
+
+
+def available_cores(cgroup: Path = CGROUP) -> int:
     """Physical cores, or fewer where the process may use fewer: by its affinity or by a container's quota."""
     cores = [psutil.cpu_count(logical=False), psutil.cpu_count()]
     if hasattr(os, "sched_getaffinity"):
         cores.append(len(os.sched_getaffinity(0)))
-    if quota_file.is_file():
-        quota, period = quota_file.read_text(encoding="utf-8").split()
-        cores.append(None if quota == "max" else int(quota) // int(period))
+    cores.append(quota_of_cores(cgroup))
     return max(1, min(count for count in cores if count is not None))
 
 

@@ -4,12 +4,14 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from datasets.fingerprint import Hasher
+from torch import get_num_threads
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, Trainer
 from trl import DPOTrainer, SFTTrainer
 
 from mini_qwen.guard import Guarded
-from mini_qwen.levers import fit_loss_head
+from mini_qwen.levers import choose_loss_head, fit_loss_head
 from mini_qwen.optimizer import make_optimizer
 from mini_qwen.sampler import ByLength
 
@@ -71,14 +73,23 @@ class PreparedDPOTrainer(Equipped, DPOTrainer):
         reference._is_accelerate_prepared = False
         self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
 
-    def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Dataset:
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         """Called before the trainer is complete; the reference is scored by the head that the policy will be.
 
-        Scores out of the cache leave torch's generator alone, so computing them must too: a DataLoader draws a seed.
+        TRL keeps the scores in a file that it finds again by the pairs and the weights, whatever else they hang on,
+        so that is added here. Finding them leaves torch's generator alone, so computing them must too: a DataLoader
+        draws a seed.
         """
         fit_loss_head(self.model, self.args, equal_weights=False)
-        with torch.random.fork_rng(devices=[]):
-            return super()._precompute_ref_logps(*args, **kwargs)
+        args, weights = self.args, self._precompute_model_hash
+        head = choose_loss_head(self.model, args).chosen
+        scoring = [args.ld_alpha, args.precision, head, self.model.config._attn_implementation, args.device.type]
+        self._precompute_model_hash = Hasher.hash([weights, *scoring, batch_size, args.world_size, get_num_threads()])
+        try:
+            with torch.random.fork_rng(devices=[]):
+                return super()._precompute_ref_logps(dataset, name, batch_size)
+        finally:
+            self._precompute_model_hash = weights
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
         return dataset

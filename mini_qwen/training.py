@@ -83,6 +83,10 @@ class StageKeys:
         "use_cpu": "CUDA_VISIBLE_DEVICES= in the environment",
         "gradient_checkpointing": "activation_checkpointing",
         "torch_compile": "compile_layers: true",
+        "torch_compile_backend": "compile_layers: true",
+        "torch_compile_mode": "compile_layers: true",
+        "bf16_full_eval": "precision: evaluation computes as training does",
+        "fp16_full_eval": "precision: evaluation computes as training does",
         "enable_jit_checkpoint": "nothing: every run saves when it is asked to stop",
         "ignore_data_skip": "nothing: a resumed run goes on with the row behind the last one",
         "trust_remote_code": "nothing: no code is run that comes with a checkpoint",
@@ -101,6 +105,11 @@ class StageKeys:
         self.started = time.time()
         if self.low_memory:
             self.check_low_memory()
+        if self.muon_learning_rate is not None and (self.optim != TrainingArguments.optim or self.optim_args):
+            raise ValueError(
+                "muon_learning_rate brings its own optimizers; leave optim and optim_args out of the recipe, or set "
+                "muon_learning_rate: null."
+            )
         self.precision = choose_precision(self.precision)
         self.bf16, self.fp16 = self.precision == "bf16", self.precision == "fp16"
         self.use_cpu = not torch.cuda.is_available()
@@ -157,6 +166,7 @@ class PreferenceConfig(StageKeys, DPOConfig):
         "nothing: pairs are prepared by mini_qwen.preferences, see docs/data.md",
     )
     # The reference would be scored by layers that are not compiled, and differ from the policy in its last digits.
+    decided["label_smoothing_factor"] = "label_smoothing"
     decided["compile_layers"] = "nothing: layers are compiled in PT and SFT, where all batches have like sizes"
     gradient_checkpointing: bool | None = None
     train_sampling_strategy: str = "group_by_length"  # batches of pairs of like length, see mini_qwen/sampler.py

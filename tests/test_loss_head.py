@@ -119,8 +119,21 @@ def test_a_reference_in_memory_is_scored_as_the_policy_is(
     assert losses(tmp_path)[0] == pytest.approx(math.log(2), abs=1e-6)
 
 
+@pytest.mark.parametrize("change", [{"ld_alpha": 0.3}, {"precision": "bf16"}])
+def test_reference_scores_of_other_settings_are_not_taken(
+    programs: Programs, road: Path, tmp_path: Path, change: dict[str, object]
+) -> None:
+    """They lie in the cache of the same pairs and weights. Those that fit give a coin's toss before any update."""
+    options = {"cache_dir": tmp_path / "cache", "loss_type": "sigmoid", "loss_weights": 1.0, "max_steps": 1}
+    for name, keys in (("plain", {}), ("changed", change), ("again", change)):
+        done = programs.run("dpo", arguments("dpo", road, output_dir=tmp_path / name, **options, **keys))
+        assert done.code == 0, done.output[-3000:]
+        assert ("Computing reference log probs" in done.output) == (name != "again")
+        assert losses(tmp_path / name)[0] == pytest.approx(math.log(2), abs=1e-6)
+
+
 def recipe(**keys: object) -> SimpleNamespace:
-    return SimpleNamespace(**({"loss_head": "auto", "deepspeed_plugin": None} | keys))
+    return SimpleNamespace(**({"loss_head": "auto", "deepspeed_plugin": None, "label_smoothing_factor": 0.0} | keys))
 
 
 def test_a_head_that_cannot_serve_is_not_taken(tiny_model: MakeModel) -> None:
@@ -128,7 +141,12 @@ def test_a_head_that_cannot_serve_is_not_taken(tiny_model: MakeModel) -> None:
     assert choose_loss_head(model, recipe()).chosen == "chunked"
     assert choose_loss_head(model, recipe(loss_head="library")).chosen == "library"
     sharded = recipe(deepspeed_plugin=SimpleNamespace(zero_stage=3))
-    for args, reason in ((sharded, "ZeRO-3"), (recipe(use_weighting=True), "use_weighting")):
+    smoothed = recipe(label_smoothing_factor=0.1)
+    for args, reason in (
+        (sharded, "ZeRO-3"),
+        (recipe(use_weighting=True), "use_weighting"),
+        (smoothed, "label_smoothing_factor"),
+    ):
         lever = choose_loss_head(model, args)
         assert lever.chosen == "library" and reason in lever.why
         args.loss_head = "chunked"

@@ -86,6 +86,13 @@ def test_updates_are_muons_and_adamws_own(tiny_model: MakeModel, tmp_path: Path)
         assert torch.equal(weight, expected[name]), name
 
 
+@pytest.mark.parametrize("keys", [{"optim": "sgd"}, {"optim_args": "momentum=0.9"}])
+def test_another_optimizer_beside_muon_is_refused(tmp_path: Path, keys: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="brings its own optimizers; leave optim and optim_args out"):
+        PTConfig(output_dir=str(tmp_path), muon_learning_rate=MUON_RATE, **keys)
+    assert PTConfig(output_dir=str(tmp_path), **keys).muon_learning_rate is None
+
+
 def test_a_loaded_state_goes_on_bit_for_bit(tiny_model: MakeModel, tmp_path: Path) -> None:
     model = tiny_model()
     optimizer = optimizer_of(model, tmp_path)

@@ -17,7 +17,7 @@ from trl.trainer.utils import compute_flops_per_token
 
 from mini_qwen.disk import OTHER_FILES
 from mini_qwen.plan import Machine, Run, sweep
-from mini_qwen.plan_cures import cures
+from mini_qwen.plan_cures import Cure, cures
 from mini_qwen.plan_memory import Compute, Step, activation_bytes, head_bytes, layer_bytes, memory
 from mini_qwen.plan_parameters import count_parameters
 from mini_qwen.plan_time import GPUS, Network, communication_seconds, flops_per_token, num_steps
@@ -290,6 +290,21 @@ def test_cures_fit_and_keep_the_batch() -> None:
     assert not cures(replace(run, length=1_000_000), machine)
 
 
+def test_low_memory_takes_the_place_of_muon_and_deepspeed() -> None:
+    """As the programs ask for it: alone, and without their optimizer keys."""
+    run, machine = replace(SEED, masked=True, loss_head="full"), Machine(GPUS["RTX4090"])
+
+    def low(run: Run, machine: Machine) -> Cure:
+        return next(cure for cure in cures(run, machine) if "low_memory" in cure.change)
+
+    plain = low(run, machine)
+    assert "muon" not in plain.change and "--zero" not in plain.change
+    muon = low(replace(run, muon=True), machine)
+    assert "low_memory: true, muon_learning_rate: null, " in muon.change and muon.num_bytes == plain.num_bytes
+    sharded = low(run, replace(machine, zero=2))
+    assert "--zero 0 in place of 2" in sharded.change and sharded.num_bytes == plain.num_bytes
+
+
 @pytest.fixture
 def plan(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Plan:
     monkeypatch.chdir(ROOT)
@@ -339,6 +354,16 @@ def test_sft_and_dpo(plan: Plan, tmp_path: Path) -> None:
     assert "4 x 16 x 1 GPUs = 64 pairs" in said
 
 
+def test_muon_is_planned_for_what_it_works_under(plan: Plan) -> None:
+    said = plan("recipes/pt_fast.yaml", "--gpus", "6", "--gpu", "H800", "--tokens", "15.95e9")
+    assert "this run, ZeRO-2" in said and "ZeRO-1" not in said and "ZeRO-3" not in said
+
+
+def test_smoothed_labels_need_all_logits(plan: Plan) -> None:
+    words = ("recipes/pt.yaml", "--gpu", "H200", "--tokens", "1e9", "--per_device_train_batch_size", "12")
+    assert plan(*words, "--label_smoothing_factor", "0.1") == plan(*words, "--loss_head", "full")
+
+
 def test_disk_is_that_of_a_run(plan: Plan) -> None:
     said = plan("recipes/pt.yaml", "--gpu", "H200", "--tokens", "1e9")
     each = 12 * 998_810_624 + OTHER_FILES
@@ -361,6 +386,10 @@ def test_disk_is_that_of_a_run(plan: Plan) -> None:
             "muon_learning_rate with max_grad_norm, work on one process",
         ),
         (["recipes/low_memory/pt.yaml", "--tokens", "1e6", "--gpus", "2"], "low_memory is true.*one process"),
+        (
+            ["recipes/pt_fast.yaml", "--tokens", "1e9", "--gpus", "6", "--zero", "1"],
+            "muon_learning_rate is 0.0008.*not under ZeRO-1",
+        ),
         (["recipes/eval.yaml"], "which stage it is for"),
     ],
 )

@@ -238,7 +238,7 @@ def test_text_on_the_command_line_stays_as_typed(tmp_path: Path, text: str) -> N
     assert toy.name == text
 
 
-@pytest.mark.parametrize("key", ["bf16", "use_cpu"])
+@pytest.mark.parametrize("key", ["bf16", "use_cpu", "fp16_full_eval", "torch_compile_backend", "torch_compile_mode"])
 def test_a_key_that_would_have_no_effect_is_refused(tmp_path: Path, key: str) -> None:
     path = tmp_path / "pt.yaml"
     path.write_text(f"output_dir: out\n{key}: true\n", encoding="utf-8")

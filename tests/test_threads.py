@@ -14,8 +14,14 @@ from mini_qwen.threads import available_cores, threads_of_each
 def test_a_quota_is_a_number_of_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quota: str, cores: int) -> None:
     monkeypatch.setattr("psutil.cpu_count", lambda logical=True: 16 if logical else 8)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
-    (tmp_path / "cpu.max").write_text(quota + "\n")
-    assert available_cores(tmp_path / "cpu.max") == cores
+    new, old = tmp_path / "new", tmp_path / "old"
+    new.mkdir()
+    (new / "cpu.max").write_text(quota + "\n")
+    (old / "cpu").mkdir(parents=True)
+    number, period = quota.replace("max", "-1").split()
+    (old / "cpu" / "cpu.cfs_quota_us").write_text(number + "\n")
+    (old / "cpu" / "cpu.cfs_period_us").write_text(period + "\n")
+    assert available_cores(new) == available_cores(old) == cores
     assert available_cores(tmp_path / "not there") == 8
 
 

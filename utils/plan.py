@@ -98,8 +98,8 @@ def plan_rows(recipe: Recipe, run: Run, machine: Machine, args: argparse.Namespa
 
 
 def memory_rows(run: Run, machine: Machine) -> list[list[str]]:
-    """Gigabytes on each GPU, a part a line: the run's, and those of the other stages of ZeRO."""
-    others = [] if run.alone else [replace(machine, zero=zero) for zero in range(4) if zero != machine.zero]
+    """Gigabytes on each GPU, a part a line: the run's, and those of the other stages of ZeRO that it can have."""
+    others = [replace(machine, zero=zero) for zero in run.stages if zero != machine.zero]
     columns = [run.memory(place) for place in (machine, *others)]
     lines = [[part, *(f"{column[part] / 1e9:,.2f}" for column in columns)] for part in columns[0]]
     return [*lines, ["memory of each GPU, GB", *(f"{sum(column.values()) / 1e9:,.2f}" for column in columns)]]
@@ -108,7 +108,7 @@ def memory_rows(run: Run, machine: Machine) -> list[list[str]]:
 def print_plan(recipe: Recipe, run: Run, machine: Machine, args: argparse.Namespace) -> None:
     names = ["none", "ZeRO-1", "ZeRO-2", "ZeRO-3"]
     head = ["", f"this run, {names[machine.zero]}"]
-    head += [] if run.alone else [name for zero, name in enumerate(names) if zero != machine.zero]
+    head += [names[zero] for zero in run.stages if zero != machine.zero]
     lines = plan_rows(recipe, run, machine, args) + memory_rows(run, machine)
     print(f"{args.recipe} on {machine.gpus} x {args.gpu}, {machine.gpu.teraflops:g} TFLOP/s each; all computed\n")
     align = ["left", *["right"] * (len(head) - 1)]
