@@ -13,7 +13,8 @@ bash run.sh all [--key value ...]                  pt, sft, dpo and eval, one af
                                                    the three training stages
 bash run.sh serve CHECKPOINT [--key value ...]     an OpenAI-compatible API at 127.0.0.1, see docs/serving.md
 bash run.sh web [CHECKPOINT|URL ...] [--key value ...]
-                                                   a page to talk to models in, see docs/web.md
+                                                   a page to talk to models in, see docs/web.md; demo_results/dpo
+                                                   when none is named and the demo has run
 bash run.sh setup                                  only make .venv and install what is pinned
 
 --background, behind a stage or `all`, leaves it running after you log out. Every stage logs to logs/.

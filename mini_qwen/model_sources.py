@@ -41,7 +41,7 @@ def open_backends(sources: Sequence[str], keys: Sequence[str], parallel: int, ti
         backends[name] = backend
     for name, backend in backends.items():
         if backend is None:
-            print(f"loading {name}")
+            print(f"loading {name}", flush=True)
         backends[name] = backend or LocalBackend(Engine(name, parallel))
     return [backend for backend in backends.values() if backend is not None]
 

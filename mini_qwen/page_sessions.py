@@ -69,6 +69,10 @@ class PageSession:
                 turns.append({"role": "assistant", "content": exchange.stream.text})
         return turns
 
+    def stop(self) -> None:
+        self.stop_chat()
+        self.stop_round()
+
     def stop_chat(self) -> None:
         for exchange in self.exchanges:
             exchange.stream.cancel()
@@ -86,15 +90,20 @@ class PageSessions:
         self.lock = threading.Lock()
 
     def of(self, session_hash: str | None) -> PageSession:
+        """The page's session, or a new one, for which the one longest unused makes room, its answers stopped."""
         with self.lock:
             session = self.sessions.setdefault(session_hash or "", PageSession())
             self.sessions.move_to_end(session_hash or "")
             if len(self.sessions) > MAX_SESSIONS:
-                self.sessions.popitem(last=False)
+                self.sessions.popitem(last=False)[1].stop()
         return session
 
     def close(self, session_hash: str | None) -> None:
-        """Stop what still answers a page that nobody looks at."""
-        session = self.of(session_hash)
-        session.stop_chat()
-        session.stop_round()
+        """Stop what still answers a page that nobody looks at.
+
+        Makes no session: Gradio says of anyone that he has left, also of one who never logged in.
+        """
+        with self.lock:
+            session = self.sessions.get(session_hash or "")
+        if session is not None:
+            session.stop()

@@ -1,5 +1,6 @@
 """Presets: questions that a page offers, from a file with a row each."""
 
+from itertools import chain, count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,8 +32,9 @@ def read_presets(path: str | None) -> list[Preset]:
             raise SystemExit(f"{row.place} has no prompt: it is blank.")
         system, name = (row.text(key) if row.values.get(key) else "" for key in ("system", "name"))
         name = " ".join((name.strip() or prompt).split())[:NAME_LENGTH]
-        taken = sum(preset.name == name or preset.name.startswith(f"{name} (") for preset in presets)
-        presets.append(Preset(f"{name} ({taken + 1})" if taken else name, prompt, system))
+        taken = {preset.name for preset in presets}
+        numbered = (f"{name} ({number})" for number in count(2))
+        presets.append(Preset(next(one for one in chain([name], numbered) if one not in taken), prompt, system))
     if not presets:
         raise SystemExit(f"'{Path(path)}' holds no preset. Write one a line, under the heading 'prompt'.")
     return presets

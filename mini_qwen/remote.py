@@ -1,6 +1,7 @@
 """A model behind an OpenAI-compatible URL: its answers streamed, its failures in one line, its key never shown."""
 
 import asyncio
+import codecs
 import threading
 from functools import cache
 from typing import Any, NamedTuple
@@ -12,6 +13,9 @@ from mini_qwen.backends import Settings
 from mini_qwen.files import brief
 from mini_qwen.reply import Ended, Reply
 from mini_qwen.schemas import Turn
+
+PAIRS = "utf-16-le"  # in which the two halves that JSON may write a character in, \ud83d and \ude42, are joined
+MOST_TOKENS = 2**31  # a count beyond is none
 
 
 class RemoteError(Exception):
@@ -71,8 +75,12 @@ class RemoteBackend:
         return reply
 
     async def read(self, reply: Reply, turns: list[Turn], settings: Settings, raw: bool) -> None:
-        """Write the reply as it comes. A chunk counts as a token until the server says how many there were."""
+        """Write the reply as it comes. A chunk counts as a token until the server says how many there were.
+
+        Half a character waits for its other half, in this chunk or the next; without it, it is a U+FFFD.
+        """
         finish, opened = None, False
+        pairs = codecs.getincrementaldecoder(PAIRS)("replace")
         try:
             async with await self.open(turns, settings, raw) as stream:
                 opened = True
@@ -80,9 +88,12 @@ class RemoteBackend:
                     for choice in chunk.choices[:1]:
                         text = (choice.text if raw else choice.delta.content) or ""
                         finish = choice.finish_reason or finish
-                        reply.write(text, reply.num_tokens + bool(text))
-                    if chunk.usage is not None:
-                        reply.num_tokens = chunk.usage.completion_tokens
+                        whole = pairs.decode(text.encode(PAIRS, "surrogatepass"))
+                        reply.write(whole, reply.num_tokens + bool(text))
+                    # The client checks no types: a server may have sent anything in its place.
+                    count = getattr(chunk.usage, "completion_tokens", None)
+                    if type(count) is int and 0 < count < MOST_TOKENS:
+                        reply.num_tokens = count
             if finish is None:
                 raise RemoteError(f"{self.address.url} broke off its answer.")
             reply.end("length" if finish == "length" else "stop")
@@ -124,13 +135,19 @@ class RemoteBackend:
     def describe(self, error: Exception, opened: bool) -> str:
         """The failure in a line, without the key that a server may repeat in it. `opened`: it had begun to answer."""
         if isinstance(error, RemoteError):
-            text = str(error)
-        elif isinstance(error, openai.APITimeoutError):
-            text = f"{self.address.url} said nothing for {self.timeout:g} seconds."
+            return self.hide(error)
+        if isinstance(error, openai.APITimeoutError):
+            words = f"said nothing for {self.timeout:g} seconds."
         elif isinstance(error, openai.APIStatusError):
-            text = f"{self.address.url} answered {error.status_code}: {brief(error.message)}"
+            words = f"answered {error.status_code}: {error.message}"
         elif isinstance(error, openai.APIConnectionError) and not opened:
-            text = f"{self.address.url} cannot be reached: {brief(error.__cause__ or error)}."
+            words = f"cannot be reached: {error.__cause__ or error}."
         else:
-            text = f"{self.address.url} broke off its answer: {brief(error) or type(error).__name__}."
+            words = f"broke off its answer: {str(error).strip() or type(error).__name__}."
+        # What is cut first may keep a part of the key.
+        return brief(self.hide(f"{self.address.url} {words}"))
+
+    def hide(self, words: object) -> str:
+        """Words without the key, and without half characters."""
+        text = str(words).encode(PAIRS, "surrogatepass").decode(PAIRS, "replace")
         return text.replace(self.key, "***") if self.key else text

@@ -15,7 +15,7 @@ WHOLE = "🙂 你真棒 👩‍👩‍👧 Ωμέγα"
 
 
 class ScriptedServer(ThreadingHTTPServer):
-    """Models: echo, hostile, bytes (one at a time), endless, silent, pausing, and those that fail."""
+    """Models: echo, hostile, bytes (one at a time), halves, counting, endless, silent, pausing, and failing ones."""
 
     daemon_threads = True
 
@@ -79,6 +79,20 @@ class Handler(BaseHTTPRequestHandler):
                 self.wfile.write(bytes([byte]))
         self.conclude("stop")
 
+    def answer_halves(self, body: dict[str, Any], asked: str) -> None:
+        """An emoji's two halves in two events, and halves without another one: JSON may hold them, text may not."""
+        self.begin()
+        for part in ("hi \ud83d", "\ude42 there", " \ude42lone\ud83d"):
+            self.piece(part)
+        self.conclude("stop")
+
+    def answer_counting(self, body: dict[str, Any], asked: str) -> None:
+        """The number of tokens is the JSON that was asked."""
+        self.begin()
+        self.piece("one ")
+        self.piece("two")
+        self.conclude("stop", usage=json.loads(asked))
+
     def answer_endless(self, body: dict[str, Any], asked: str) -> None:
         self.begin()
         while True:
@@ -113,6 +127,15 @@ class Handler(BaseHTTPRequestHandler):
         self.piece("half an ")
         self.wfile.write(b'data: {"error": {"message": "out of memory"}}\n\n')
 
+    def answer_mangled(self, body: dict[str, Any], asked: str) -> None:
+        self.begin()
+        self.wfile.write(b'data: {"error": {"message": "half a \\ud83d character"}}\n\n')
+
+    def answer_tattling(self, body: dict[str, Any], asked: str) -> None:
+        self.begin()
+        message = {"message": f"{asked} {self.headers['Authorization']}"}
+        self.wfile.write(f"data: {json.dumps({'error': message})}\n\n".encode())
+
     def answer_crash(self, body: dict[str, Any], asked: str) -> None:
         self.send_json(500, {"error": {"message": "it crashed"}})
 
@@ -123,7 +146,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(b"<html><body>Welcome</body></html>")
 
     def answer_locked(self, body: dict[str, Any], asked: str) -> None:
-        self.send_json(401, {"error": {"message": f"wrong key {self.headers['Authorization']}"}})
+        self.send_json(401, {"error": {"message": f"{asked}: wrong key {self.headers['Authorization']}"}})
 
     def answer_picky(self, body: dict[str, Any], asked: str) -> None:
         if {"top_k", "repetition_penalty"} & set(body):
@@ -136,19 +159,19 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "text/event-stream")
         self.end_headers()
 
-    def event(self, delta: dict[str, str], finish: str | None = None, usage: int | None = None) -> bytes:
+    def event(self, delta: dict[str, str], finish: str | None = None, usage: Any = None) -> bytes:
         raw = self.path.endswith("/v1/completions")
         said = {"text": delta.get("content", "")} if raw else {"delta": delta}
         record: dict[str, Any] = {"id": "1", "object": "chunk", "created": 1, "model": "m"}
         record["choices"] = [{"index": 0, "finish_reason": finish, **said}] if usage is None else []
         if usage is not None:
-            record["usage"] = {"prompt_tokens": 1, "completion_tokens": usage, "total_tokens": usage + 1}
-        return f"data: {json.dumps(record, ensure_ascii=False)}\n\n".encode()
+            record["usage"] = {"prompt_tokens": 1, "completion_tokens": usage}
+        return f"data: {json.dumps(record, ensure_ascii=False)}\n\n".encode(errors="backslashreplace")
 
     def piece(self, text: str) -> None:
         self.wfile.write(self.event({"content": text}))
 
-    def conclude(self, reason: str, usage: int | None = None) -> None:
+    def conclude(self, reason: str, usage: Any = None) -> None:
         self.wfile.write(self.event({}, reason))
         if usage is not None:
             self.wfile.write(self.event({}, usage=usage))

@@ -17,7 +17,7 @@ from mini_qwen.backends import Backend, LocalBackend, Settings
 from mini_qwen.evaluation import load_checkpoint
 from mini_qwen.generation import encode_prompt, generate
 from mini_qwen.model_sources import KEYS_VARIABLE, open_backends, read_keys
-from mini_qwen.page_sessions import Exchange, PageSession, PageSessions
+from mini_qwen.page_sessions import MAX_SESSIONS, Exchange, PageSession, PageSessions, Round
 from mini_qwen.remote import RemoteBackend, read_address
 from mini_qwen.sampling import Sampling
 
@@ -151,6 +151,30 @@ def test_a_page_that_is_left_is_not_answered_further(backends: dict[str, LocalBa
     assert sessions.of("one").exchanges  # it may come back
 
 
+def test_pages_that_close_and_have_asked_nothing_cost_no_conversation() -> None:
+    """Gradio calls `close` for whoever opened a heartbeat, with any hash and without a login."""
+    sessions = PageSessions()
+    kept = sessions.of("mine")
+    for number in range(MAX_SESSIONS + 20):
+        sessions.close(f"x{number}")
+    assert sessions.of("mine") is kept and len(sessions.sessions) == 1
+
+
+def test_a_session_that_makes_room_is_not_answered_further(scripted: ScriptedServer) -> None:
+    """Its page's stop button would no longer find the answers."""
+    sessions = PageSessions()
+    endless = RemoteBackend(read_address(f"{scripted.url}#endless"), None, 5)
+    chat, arena = ask_all([endless, endless], ask("x"), DRAWN)
+    sessions.of("old").exchanges.append(Exchange("x", chat))
+    sessions.of("old").round = Round("x", "", DRAWN, True, [arena])
+    for number in range(MAX_SESSIONS - 1):
+        sessions.of(f"x{number}")
+    assert not chat.done and not arena.done
+    sessions.of("one more")
+    assert len(sessions.sessions) == MAX_SESSIONS
+    assert (chat.finish, arena.finish) == ("cancelled", "cancelled")
+
+
 def test_blind_places_are_mixed_and_seen_ones_are_not(backends: dict[str, LocalBackend]) -> None:
     both = list(backends.values())
     assert {tuple(draw_order(both, blind=True)) for _ in range(100)} == {tuple(both), tuple(both[::-1])}
@@ -204,6 +228,23 @@ def test_nothing_is_loaded_and_no_url_called_before_all_is_checked(
         open_backends([str(folders / "sft"), scripted.url, "nowhere"], [], 4, 5)
     assert "loading" not in capsys.readouterr().out
     assert not scripted.requests
+
+
+def test_without_a_model_the_demos_is_taken_where_it_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    import mini_qwen_web
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="Name what shall answer"):
+        mini_qwen_web.main([])
+    assert not list(tmp_path.iterdir()), "a page that does not come needs no folder of votes"
+    (tmp_path / "demo_results/dpo").mkdir(parents=True)
+    assert mini_qwen_web.read_arguments(["--port", "80"]).models == ["demo_results/dpo"]
+    assert "demo_results/dpo" in capsys.readouterr().out
+    assert mini_qwen_web.read_arguments(["a"]).models == ["a"]
+    assert not capsys.readouterr().out
 
 
 def test_models_may_stand_before_and_behind_options() -> None:

@@ -1,6 +1,7 @@
 """mini_qwen/presets.py, and the presets that come with the project."""
 
 import json
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,14 @@ def test_other_files(write_rows: WriteRows) -> None:
 def test_each_has_a_name_of_its_own(write_rows: WriteRows) -> None:
     rows = [{"prompt": text, "name": "same"} for text in "abc"]
     assert [preset.name for preset in read_presets(str(write_rows("a.csv", rows)))] == ["same", "same (2)", "same (3)"]
+
+
+def test_so_has_one_whose_own_name_ends_like_a_number_of_ours(write_rows: WriteRows) -> None:
+    for names in set(permutations(["A", "A", "A (2)", "A (2)", "A (3)"])):
+        rows = [{"prompt": str(number), "name": name} for number, name in enumerate(names)]
+        presets = read_presets(str(write_rows("a.jsonl", rows)))
+        assert len({preset.name for preset in presets}) == len(names), names
+        assert [preset.prompt for preset in presets] == list("01234")
 
 
 @pytest.mark.parametrize(

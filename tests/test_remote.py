@@ -51,6 +51,20 @@ def test_characters_survive_any_cut_of_the_stream(scripted: ScriptedServer) -> N
     assert "".join(reply) == WHOLE + "\ufffdend"
 
 
+def test_halves_of_a_character_are_joined_or_replaced(scripted: ScriptedServer) -> None:
+    reply = backend(scripted, "halves").answer(ask("x"), GREEDY, raw=False)
+    assert "".join(reply) == "hi 🙂 there \ufffdlone" and reply.num_tokens == 3
+    said = failure(backend(scripted, "mangled").answer(ask("x"), GREEDY, raw=False))
+    assert said.endswith("broke off its answer: half a \ufffd character.")
+
+
+@pytest.mark.parametrize("count", ['"5"', "true", "5.5", "-3", "[]", "0", "1" + 400 * "0"])
+def test_a_count_that_is_none_leaves_the_pieces_as_the_tokens(scripted: ScriptedServer, count: str) -> None:
+    reply = backend(scripted, "counting").answer(ask(count), GREEDY, raw=False)
+    assert "".join(reply) == "one two"
+    assert (reply.error, reply.num_tokens) == (None, 2)
+
+
 def test_settings_are_sent_and_what_some_servers_refuse_only_where_it_matters(scripted: ScriptedServer) -> None:
     turns = [{"role": "system", "content": "be brief"}, *ask("hi")]
     list(backend(scripted, "echo").answer(turns, Settings(Sampling(0.5, 0.9), 12, 3), raw=False))
@@ -103,6 +117,13 @@ def test_a_failure_is_a_line_that_says_what_and_where(scripted: ScriptedServer, 
 def test_a_wrong_key_is_not_repeated(scripted: ScriptedServer) -> None:
     said = failure(backend(scripted, "locked", KEY).answer(ask("x"), GREEDY, raw=False))
     assert "answered 401" in said and "Bearer ***" in said and KEY not in said
+
+
+@pytest.mark.parametrize("model", ["locked", "tattling"])
+def test_no_part_of_a_key_is_left_where_a_long_message_is_cut(scripted: ScriptedServer, model: str) -> None:
+    for length in range(150, 300, 5):
+        said = failure(backend(scripted, model, KEY).answer(ask("x" * length), GREEDY, raw=False))
+        assert KEY[:5] not in said and len(said) <= 300
 
 
 def test_a_server_that_is_not_there(scripted: ScriptedServer) -> None:

@@ -1,7 +1,10 @@
 """The web page's pieces without a browser: every word in both languages, every text as text, settings, passwords."""
 
 import dataclasses
+import json
+import signal
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
@@ -9,9 +12,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
+import yaml
+from conftest import ROOT, MakeModel
 from scripted_server import HOSTILE, KEY, ScriptedServer
-from serving import ask, wait_for
+from serving import ask, save, wait_for
+from transformers import PreTrainedTokenizerBase
+from web_site import Site
 
 pytest.importorskip("gradio", reason="gradio is not installed")
 
@@ -23,7 +31,7 @@ import mini_qwen_web
 from mini_qwen.answer_streams import AnswerStream
 from mini_qwen.backends import Settings
 from mini_qwen.controls import clean, read_settings
-from mini_qwen.page_sessions import Exchange, PageSessions
+from mini_qwen.page_sessions import Exchange, PageSession, PageSessions
 from mini_qwen.ratings import Rating
 from mini_qwen.remote import RemoteBackend, read_address
 from mini_qwen.sampling import Sampling
@@ -183,6 +191,17 @@ def test_a_port_that_is_taken_is_named(scripted: ScriptedServer, tmp_path: Path)
     assert "\n" not in str(refused.value)
 
 
+def test_the_documents_command_for_votes_can_be_given_after_the_demo() -> None:
+    """Its recipe is of a model that the demo has made, and its output_dir is not the demo's own."""
+    text = (ROOT / "docs/web.md").read_text(encoding="utf-8")
+    (line,) = [line for line in text.splitlines() if line.startswith("bash run.sh dpo")]
+    words = line.split()[3:]
+    options = dict(zip(words[::2], words[1::2], strict=True))
+    recipe = yaml.safe_load((ROOT / options["--config"]).read_text(encoding="utf-8"))
+    assert recipe["checkpoint"] == "demo_results/sft" and recipe["output_dir"] != options["--output_dir"]
+    assert f"--output_file {options['--train_files']}" in text
+
+
 SLIDERS = (0.7, 1, 0, 1, 40, 0)
 REQUEST: Any = SimpleNamespace(session_hash="one")
 
@@ -238,6 +257,58 @@ def test_before_the_answers_have_ended_there_is_no_vote_and_no_second_question(
     assert scripted.hung_up.wait(5)
     assert read_votes(arena.votes) == ([], 0)
     assert arena.sessions.of("one").round.prompt == "q"
+
+
+def test_halves_of_characters_from_a_server_harm_no_other_column_and_no_vote(
+    scripted: ScriptedServer, tmp_path: Path
+) -> None:
+    """No JSON of the page and no file of votes can hold them."""
+    arena = arena_of(scripted, tmp_path / "votes.jsonl", "halves", "mangled", "echo")
+    for shown in arena.ask(REQUEST, "q", "", False, *SLIDERS):
+        str(shown).encode()
+        json.dumps(shown, ensure_ascii=False, default=str).encode()
+    for column, words in zip(shown, ("hi 🙂 there lone", "half a ", "You said: q"), strict=False):
+        assert words in column
+    arena.voting(0)(REQUEST)
+    (vote,), num_broken = read_votes(arena.votes)
+    assert vote.answers[0].text == "hi 🙂 there lone" and not num_broken
+    session = PageSession([Exchange("q", answered(scripted, "halves"))])
+    assert session.turns("")[1]["content"] == "hi 🙂 there lone"
+
+
+def test_a_count_of_tokens_that_is_none_harms_no_column(scripted: ScriptedServer) -> None:
+    for count in ('"5"', "1" + 400 * "0"):
+        assert "2 tokens" in show_answer("A", answered(scripted, "counting", count), False, ENGLISH)
+
+
+def test_ctrl_c_in_the_midst_of_an_answer_ends_the_program_at_once(
+    tmp_path: Path, tiny_model: MakeModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """With a checkpoint that goes on for as long as it may, and a page that stays open."""
+    save(tmp_path / "sft", tiny_model(stage="sft", max_position_embeddings=8192), tokenizer)
+    site = Site(tmp_path / "web", ["sft"], "--language", "en")
+    try:
+        site.ready()
+        with httpx.Client(base_url=site.url, timeout=60) as client:
+            config = client.get("/config").json()
+            (button,) = (part["id"] for part in config["components"] if part["props"].get("elem_id") == "chat-send")
+            (send,) = (one["id"] for one in config["dependencies"] if [button, "click"] in one["targets"])
+            asked = {"data": ["Anna", "sft", "", False, *SLIDERS[:4], 8000, 0], "fn_index": send, "session_hash": "s"}
+            client.post("/gradio_api/queue/join", json=asked).raise_for_status()
+            with (
+                client.stream("GET", "/gradio_api/heartbeat/s"),
+                client.stream("GET", "/gradio_api/queue/data", params={"session_hash": "s"}) as events,
+            ):
+                lines = (line for line in events.iter_lines() if "process_generating" in line)
+                for _ in range(3):
+                    next(lines)
+                started = time.monotonic()
+                site.process.send_signal(signal.SIGINT)
+                assert site.process.wait(60) == 0, site.said
+                assert time.monotonic() - started < 4
+        assert "Traceback" not in site.said and "terminate" not in site.said
+    finally:
+        site.end()
 
 
 def test_a_vote_that_cannot_be_kept_can_be_cast_again(scripted: ScriptedServer, tmp_path: Path) -> None:
