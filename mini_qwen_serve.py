@@ -14,10 +14,8 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports, which take seconds, shows no traceback
 
 import argparse
-import json
 import logging
 import os
-import shutil
 import socket
 import sys
 
@@ -28,12 +26,18 @@ from mini_qwen.api_requests import Limits
 from mini_qwen.engine import Engine
 from mini_qwen.evaluation import EvalData
 from mini_qwen.files import brief
-from mini_qwen.model import check_checkpoint
 from mini_qwen.sampling import Sampling
 from mini_qwen.server import Server, make_app
+from mini_qwen.vllm_server import become_vllm, check_vllm
 from mini_qwen.watch import call_when_orphaned, end_as_orphan
 
 CHAT = EvalData([]).chat_sampling()
+OWN_LIMITS = {  # of the own engine: what is usual, and what it is
+    "waiting": (32, "requests that may wait beside them"),
+    "max_tokens": (Limits.max_tokens, "longest answer that may be asked"),
+    "default_tokens": (Limits.default_tokens, "where none is asked for"),
+    "max_bytes": (Limits.max_bytes, "longest body of a request"),
+}
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -41,38 +45,26 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
     parser.add_argument("checkpoint", help="the folder that a stage wrote")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at; any other needs a key")
+    parser.add_argument("--host", default="127.0.0.1", help="any other needs a key and the own engine")
     parser.add_argument("--port", type=int, default=8000, help="0: any free one")
     parser.add_argument("--api_key", help="what clients must send; better in the environment, MINI_QWEN_API_KEY")
     parser.add_argument("--name", help="what clients call the model; the folder when nothing is said")
     parser.add_argument("--parallel", type=int, default=4, help="answers at once, a token of each in turn")
-    parser.add_argument("--waiting", type=int, default=32, help="requests that may wait beside them")
-    parser.add_argument("--max_tokens", type=int, default=Limits.max_tokens, help="longest answer that may be asked")
-    parser.add_argument("--default_tokens", type=int, default=Limits.default_tokens, help="where none is asked for")
-    parser.add_argument("--max_bytes", type=int, default=Limits.max_bytes, help="longest body of a request")
+    for key, (usual, words) in OWN_LIMITS.items():
+        parser.add_argument(f"--{key}", type=int, default=argparse.SUPPRESS, help=f"{words} (default: {usual:,})")
     parser.add_argument("--temperature", type=float, default=CHAT.temperature, help="where a request names none")
     parser.add_argument("--top_p", type=float, default=CHAT.top_p)
     parser.add_argument("--top_k", type=int, default=CHAT.top_k)
     parser.add_argument("--repetition_penalty", type=float, default=CHAT.repetition_penalty)
     parser.add_argument("--engine", choices=["own", "vllm"], default="own")
-    args = parser.parse_args(argv)
+    given = vars(parser.parse_args(argv))
+    if given["engine"] == "vllm":
+        check_vllm(given["host"], [key for key in OWN_LIMITS if key in given])
+    args = argparse.Namespace(**{key: usual for key, (usual, _) in OWN_LIMITS.items()} | given)
     for key, least in {"parallel": 1, "waiting": 0, "max_tokens": 1, "default_tokens": 1, "max_bytes": 1}.items():
         if getattr(args, key) < least:
             raise SystemExit(f"{key} is {getattr(args, key)}, but must be {least} or more.")
     return args
-
-
-def become_vllm(args: argparse.Namespace, default: Sampling, key: str | None) -> None:
-    """Replace this process by `vllm serve` with the same address, name, key and default settings."""
-    if shutil.which("vllm") is None:
-        raise SystemExit("There is no program vllm on the PATH. docs/serving.md says how to install it (Linux, GPU).")
-    check_checkpoint(args.checkpoint)
-    settings = {name: getattr(default, name) for name in ("temperature", "top_p", "top_k", "repetition_penalty")}
-    command = ["vllm", "serve", args.checkpoint, "--host", args.host, "--port", str(args.port)]
-    command += ["--served-model-name", args.name or args.checkpoint, "--max-num-seqs", str(args.parallel)]
-    command += ["--generation-config", "vllm", "--override-generation-config", json.dumps(settings)]
-    quiet = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
-    os.execvpe("vllm", command, os.environ | quiet | ({} if key is None else {"VLLM_API_KEY": key}))
 
 
 def serve(args: argparse.Namespace, default: Sampling, key: str | None, listener: socket.socket) -> None:

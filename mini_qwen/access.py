@@ -14,6 +14,7 @@ from mini_qwen.api_responses import error_response
 
 KEY_VARIABLE = "MINI_QWEN_API_KEY"
 OPEN_PATHS = {"/health"}
+BACKLOG = 2048  # connections that wait to be accepted
 
 
 def is_local(host: str) -> bool:
@@ -41,7 +42,10 @@ def choose_key(host: str, given: str | None) -> str | None:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket with that address; port 0 is any free one. Raises SystemExit when it is taken or cannot be had."""
+    """A socket that listens at that address; port 0 is any free one.
+
+    Raises SystemExit when it is taken or cannot be had.
+    """
     if not 0 <= port <= 65535:
         raise SystemExit(f"port is {port}, but must be 0 (any free one) to 65535.")
     try:
@@ -50,6 +54,8 @@ def bind(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        # Before the model is loaded: a second server on this port hears of it at once, and clients wait.
+        listener.listen(BACKLOG)
         return listener
     except UnicodeError:
         raise SystemExit(f"host {host:.80} is no name that a machine can have.") from None

@@ -93,7 +93,7 @@ class Request(BaseModel):
         return bool(self.stream_options and self.stream_options.include_usage)
 
     def stops(self) -> list[str]:
-        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        stop = [self.stop] if isinstance(self.stop, str) else [] if self.stop is None else self.stop
         if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop):
             raise ApiError("'stop' must be a text or a list of texts, none of them empty.", "stop")
         if len(stop) > MAX_STOPS or any(len(text) > MAX_STOP_LENGTH for text in stop):
@@ -109,7 +109,7 @@ class Request(BaseModel):
             return max(1, min(limits.default_tokens, limits.max_tokens, room))
         if asked[0] > limits.max_tokens:
             named = "max_tokens" if self.max_tokens is not None else "max_completion_tokens"
-            raise ApiError(f"'{named}' is {asked[0]:,}, but this server allows {limits.max_tokens:,}.", named)
+            raise ApiError(f"'{named}' is {show(asked[0])}, but this server allows {limits.max_tokens:,}.", named)
         return asked[0]
 
     def turns(self, limits: Limits) -> list[Turn]:

@@ -101,8 +101,8 @@ def compare(folder: Path, content: dict[str, Any]) -> None:
 
 def step_of(checkpoint: Path) -> int:
     """500 for checkpoint-500, 0 for a folder of another name."""
-    step = checkpoint.name.rpartition("-")[2]
-    return int(step) if step.isdigit() else 0
+    kind, _, step = checkpoint.name.rpartition("-")
+    return int(step) if kind == "checkpoint" and step.isdecimal() else 0
 
 
 def find_checkpoints(output_dir: Path) -> list[Path]:

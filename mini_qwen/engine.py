@@ -125,7 +125,10 @@ class Engine:
     def work(self, reply: Reply, work: tuple[list[int], Sampling, int, int]) -> None:
         """Generate, then take on those who wait, until none does."""
         while True:
-            self.generate(reply, *work)
+            try:
+                self.generate(reply, *work)
+            except BaseException:  # whatever it was, the slot is free again and those who wait are taken on
+                logger.exception("The end of an answer could not be told")
             with self.lock:
                 thread = self.running.pop(reply)
                 if not self.waiting:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from mini_qwen.checkpoint import UNFINISHED, publish, step_of, sync
+from mini_qwen.checkpoint import UNFINISHED, step_of, sync
 from mini_qwen.disk import OTHER_FILES, gigabytes
 from mini_qwen.files import brief
 from mini_qwen.model import check_checkpoint, check_vocabulary
@@ -105,13 +105,17 @@ def open_checkpoint(path: str, dtype: str | None = None) -> Checkpoint:
 def default_target(path: str, to: str) -> Path:
     """Beside the run: results/dpo-gguf for results/dpo and, for its checkpoints, results/dpo-checkpoint-500-gguf."""
     folder = Path(path)
-    beside = folder.resolve().parent if folder.name in ("", "..") else folder.parent
-    return (beside.parent if step_of(folder) else beside) / f"{export_name(folder)}-{to}"
+    if ".." in folder.parts or len(folder.parts) < (2 if step_of(folder.resolve()) else 1):
+        folder = folder.resolve()  # what the path itself says does not reach up to beside the run
+    beside = folder.parent.parent if step_of(folder) else folder.parent
+    return beside / f"{export_name(folder)}-{to}"
 
 
 def check_target(target: Path) -> None:
     """Raises SystemExit when something is there: an export never mixes with other files, nor takes any away."""
     if target.is_dir() and not any(target.iterdir()):
+        if target.resolve() == Path.cwd():
+            raise SystemExit(f"'{target}' is the folder you are in, and an export takes its place. Name another one.")
         return
     if target.exists() or target.is_symlink():
         raise SystemExit(f"'{target}' is there already. Remove it, or name another --output_dir.")
@@ -122,25 +126,31 @@ def written_whole(target: Path, num_bytes: int) -> Iterator[Path]:
     """A folder to write into, which becomes `target` in one step when the block ends, and goes when it fails.
 
     Args:
+        target: not there, or an empty folder, which may be on another disk behind a symbolic link.
         num_bytes: about what will be written.
 
-    Raises SystemExit for a disk without room and for a place that cannot be written to.
+    Raises SystemExit for a disk without room, for a place that cannot be written to, and where something came into
+    `target` in the meantime.
     """
-    existing = next(parent for parent in target.absolute().parents if parent.is_dir())
+    place = target.resolve()
+    existing = next(parent for parent in place.parents if parent.is_dir())
     free = shutil.disk_usage(existing).free
     if num_bytes + OTHER_FILES > free:
         raise SystemExit(
             f"'{target}' needs {gigabytes(num_bytes + OTHER_FILES)}, and its disk has {gigabytes(free)} free. Free "
             "some, or name an --output_dir on another disk."
         )
-    aside = target.with_name(f"{UNFINISHED}-{target.name}")
+    aside = place.with_name(f"{UNFINISHED}-{place.name}")
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         yield aside
         for file in aside.iterdir():
             sync(file)
-        publish(aside, target)
+        if place.is_dir():
+            place.rmdir()  # raises where it is no longer empty
+        aside.rename(place)
+        sync(place.parent)
     except OSError as error:
         raise SystemExit(f"'{target}' cannot be written: {brief(error)}. Nothing was left behind.") from error
     finally:

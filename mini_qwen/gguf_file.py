@@ -30,10 +30,13 @@ def check_supported(checkpoint: Checkpoint) -> None:
     """Raises SystemExit, naming key and value, for what a GGUF of architecture qwen2 has no place for."""
     config, layout = checkpoint.config, checkpoint.layout
     model, rope = layout["model"], config.rope_parameters
+    head_dim = config.hidden_size // config.num_attention_heads
     normalizer = (layout["normalizer"] or {}).get("type", "NFC")
     parts = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
     wanted = {
         "config.json: rope_type": (rope["rope_type"], "default"),
+        "config.json: partial_rotary_factor": (rope.get("partial_rotary_factor") or 1, 1),
+        "config.json: head_dim": (getattr(config, "head_dim", None) or head_dim, head_dim),
         "config.json: use_sliding_window": (bool(config.use_sliding_window), False),
         "config.json: hidden_act": (config.hidden_act, "silu"),
         "tokenizer.json: model": (model["type"], "BPE"),

@@ -16,8 +16,12 @@ from mini_qwen.fingerprint import hash_weights
 from mini_qwen.model import check_checkpoint
 from mini_qwen.recipe import SECRET
 
-# A path that begins at a root, a home or a folder above; not one within the project, nor an address of the web.
-START = r"(?:file:/+|~|/|\.\.[/\\]|[A-Za-z]:[/\\]|\\\\)"
+# A path that begins at a root, a home or another machine, or goes through a folder above; not one within the project,
+# nor an address of the web.
+NAME = r"[\w.-]{1,255}"
+PART = r"[^\s'\",;:|<>()\[\]{}/\\]{1,255}[/\\]"
+REMOTE = rf"(?:{NAME}@{NAME}:(?=[^\s/]|/[^/])|{NAME}:(?=/[^/]))"  # host:/folder, me@host:folder
+START = rf"(?:file:/+|{REMOTE}|~|/|(?:{PART})*\.\.[/\\]|[A-Za-z]:[/\\]|\\\\)"
 WHOLE_PATH = re.compile(START, re.IGNORECASE)
 PATH_IN_TEXT = re.compile(rf"(?<![\w.:/~\\-]){START}[^\s'\",;|<>()\[\]{{}}]+", re.IGNORECASE)
 
@@ -52,7 +56,7 @@ class Run:
             "held-out loss": metrics.get("eval_loss"),
             "computed in": record.get("precision"),
             "machine": record.get("device"),
-            "seconds": record.get("seconds"),
+            "seconds since it was last started": record.get("seconds"),  # a resumed run was started several times
             "finished": record.get("finished"),
             "commit": record.get("commit"),
             "versions": "\n".join(f"{name} {number}" for name, number in packages.items()) or None,
@@ -128,6 +132,7 @@ def shorten(text: str) -> str:
 
 
 def last_name(path: str) -> str:
+    path = re.sub(rf"^{REMOTE}", "", path)
     windows = "\\" in path or path[1:2] == ":"
     return (PureWindowsPath(path) if windows else PurePosixPath(path)).name.replace("~", "")
 

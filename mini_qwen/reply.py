@@ -1,8 +1,11 @@
 """A reply: the text of one answer while a thread generates it, for whoever reads it, fast or slowly or no more."""
 
+import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
+
+logger = logging.getLogger(__name__)
 
 Finish = Literal["stop", "length", "cancelled"]
 
@@ -115,5 +118,10 @@ class Reply:
     def tell(self) -> None:
         with self.changed:
             self.changed.notify_all()
-            if self.watcher is not None:
+            if self.watcher is None:
+                return
+            try:
                 self.watcher()
+            except Exception as error:  # its event loop may be closed; other readers, and who cancels, go on
+                logger.warning("A reply is watched no more: %s: %s", type(error).__name__, error)
+                self.watcher = None

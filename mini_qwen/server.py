@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 
+import h11
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -13,10 +14,11 @@ from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mini_qwen.access import Guard
 from mini_qwen.api_completions import Envelope
-from mini_qwen.api_json import ApiError
+from mini_qwen.api_json import ApiError, error_body, to_json
 from mini_qwen.api_requests import Endpoint, Limits, read_request
 from mini_qwen.api_responses import ReplyResponse, error_response, json_response
 from mini_qwen.engine import Busy, Engine
@@ -143,12 +145,32 @@ def make_app(engine: Engine, default: Sampling, limits: Limits, key: str | None 
     return app
 
 
+class Protocol(H11Protocol):
+    """uvicorn's reader of HTTP, which answers what is not HTTP in OpenAI's form too."""
+
+    def send_400_response(self, msg: str) -> None:
+        error = ApiError(f"{msg} A header is missing, malformed or too long, or the body is not as the headers say.")
+        if self.cycle is not None:
+            self.cycle.disconnected = True  # its request had begun well; what it would still answer is not sent
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            body = to_json(error_body(error))
+            headers = [
+                ("content-type", "application/json"),
+                ("content-length", str(len(body))),
+                ("connection", "close"),
+            ]
+            head = h11.Response(status_code=400, headers=headers, reason="Bad Request")
+            for part in (head, h11.Data(body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(part) or b"")
+        self.transport.close()
+
+
 class Server(uvicorn.Server):
     """uvicorn, which says when it is ready, and ends all answers before it waits for their clients."""
 
     def __init__(self, app: Starlette, engine: Engine, ready: str) -> None:
         options = {"lifespan": "off", "ws": "none", "log_config": None, "timeout_graceful_shutdown": 3}
-        super().__init__(uvicorn.Config(app, **options))
+        super().__init__(uvicorn.Config(app, http=Protocol, **options))
         # Threads that generate hand Python's lock on after 1 ms in place of 5, so that requests are seen at once: with
         # eight of them /health takes 3 ms, not 22.
         sys.setswitchinterval(0.001)

@@ -263,6 +263,30 @@ def test_a_failure_is_that_answer_s_alone(
     wait_for(lambda: not engine.running, 20)
 
 
+@pytest.mark.parametrize("error", [RuntimeError("Event loop is closed"), SystemExit(1)])
+def test_a_watcher_that_fails_costs_no_slot(make_engine: MakeEngine, error: BaseException) -> None:
+    """Those who wait are taken on, and all is closed although the watchers of those that run and wait fail."""
+    engine = make_engine(parallel=1)
+    prompt = engine.encode(ask("Anna"))
+
+    def fail() -> None:
+        raise error
+
+    watched, waiting = engine.answer(prompt, GREEDY, 8, 0), engine.answer(prompt, GREEDY, 8, 0)
+    watched.watch(fail)
+    assert "".join(waiting) and waiting.finish == "length"
+    wait_for(lambda: not engine.running, 20)
+    assert watched.ended
+    assert "".join(engine.answer(prompt, GREEDY, 8, 0)) == waiting.text
+    if isinstance(error, Exception):
+        assert watched.text == waiting.text  # other readers of it miss nothing
+        replies = [engine.answer(prompt, GREEDY, LONG, 0) for _ in range(3)]
+        for reply in replies:
+            reply.watch(fail)
+        assert engine.close(20)
+        assert [reply.finish for reply in replies] == ["cancelled"] * 3
+
+
 @pytest.mark.parametrize(
     ("length", "tokens", "words"),
     [

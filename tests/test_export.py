@@ -270,6 +270,35 @@ def test_nothing_that_is_there_is_touched(checkpoint: Path, tmp_path: Path) -> N
         check_target(tmp_path / "file")
 
 
+def test_a_link_to_an_empty_folder_is_filled_where_it_leads(checkpoint: Path, tmp_path: Path) -> None:
+    """On the disk that was meant, whose room is what counts; the link stays."""
+    (tmp_path / "disk/place").mkdir(parents=True)
+    (tmp_path / "out").symlink_to(tmp_path / "disk/place")
+    export(checkpoint, "vllm", tmp_path / "out")
+    assert (tmp_path / "out").is_symlink() and (tmp_path / "disk/place/model.safetensors").is_file()
+    assert {path.name for path in tmp_path.iterdir()} == {"made", "disk", "out"}
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["place"]
+
+
+def test_what_comes_into_the_empty_target_meanwhile_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(SystemExit, match="out' cannot be written"), written_whole(tmp_path / "out", 1) as folder:
+        (folder / "weights").write_bytes(b"1")
+        (tmp_path / "out/mine.txt").write_text("mine", encoding="utf-8")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_working_directory_is_no_target(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell whose folder is replaced sees nothing of what was written."""
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    for target in (Path("."), Path("../out"), tmp_path / "out"):
+        with pytest.raises(SystemExit, match="is the folder you are in"):
+            export(checkpoint, "vllm", target)
+    assert list(Path.cwd().iterdir()) == []
+
+
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), ValueError("bug")])
 def test_an_export_that_ends_half_way_leaves_nothing(tmp_path: Path, error: BaseException) -> None:
     raised = SystemExit if isinstance(error, OSError) else type(error)
@@ -295,10 +324,22 @@ def test_a_place_that_cannot_be_written_to(tmp_path: Path) -> None:
         raise AssertionError("written to")
 
 
-def test_exports_lie_beside_the_run() -> None:
+def test_exports_lie_beside_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_target("results/dpo", "gguf") == Path("results/dpo-gguf")
     assert default_target("results/dpo/checkpoint-500", "vllm") == Path("results/dpo-checkpoint-500-vllm")
     assert default_target("results/dpo/", "hub") == Path("results/dpo-hub")
+    assert default_target("dpo", "hub") == Path("dpo-hub")
+    for name in ("dpo-2", "checkpoint-final", "old-checkpoint-5"):  # runs, and no step of one
+        assert default_target(f"results/{name}", "vllm") == Path(f"results/{name}-vllm")
+    run = tmp_path / "results/dpo-2"
+    (run / "checkpoint-500").mkdir(parents=True)
+    for folder, path in {
+        run: "checkpoint-500",
+        run / "checkpoint-500": ".",
+        tmp_path: str(run / "checkpoint-500"),
+    }.items():
+        monkeypatch.chdir(folder)
+        assert default_target(path, "vllm").resolve() == tmp_path / "results/dpo-2-checkpoint-500-vllm"
 
 
 def test_the_checkpoint_itself_may_be_the_working_directory(

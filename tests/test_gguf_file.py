@@ -181,6 +181,11 @@ def change(checkpoint: Checkpoint, path: str, value: Any) -> Checkpoint:
 
 UNSUPPORTED: dict[str, tuple[str, Any]] = {
     r"config.json: rope_type is 'yarn'": ("config.rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}),
+    r"config.json: partial_rotary_factor is 0.5; .* can only hold 1": (
+        "config.rope_parameters",
+        {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    ),
+    r"config.json: head_dim is 16; .* can only hold 8": ("config.head_dim", 16),
     r"config.json: use_sliding_window is True; .* can only hold False": ("config.use_sliding_window", True),
     r"config.json: hidden_act is 'gelu'": ("config.hidden_act", "gelu"),
     r"tokenizer.json: model is 'Unigram'": ("layout.model.type", "Unigram"),

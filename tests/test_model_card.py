@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import threading
+import time
 from base64 import b64decode
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -69,6 +70,8 @@ def test_every_stage_of_the_road_is_told_from_its_records(road: Path) -> None:
     histories = [record(road / stage, "trainer_state.json")["log_history"] for stage in ("pt", "sft", "dpo")]
     losses = [[entry["loss"] for entry in history if "loss" in entry][-1] for history in histories]
     assert cells(card, "last training loss") == [f"{loss:.4g}" for loss in losses]
+    seconds = [run["seconds"] for run in runs]
+    assert cells(card, "seconds since it was last started") == [f"{number:.4g}" for number in seconds]
     assert cells(card, "machine") == [run["device"] for run in runs]
     (parameters,) = cells(card, "parameters")
     assert parameters == f"{runs[-1]['parameters']:,}"
@@ -106,7 +109,15 @@ def test_no_path_of_this_machine_is_told(road: Path, evaluation: Path, tmp_path:
         (r"\\server\share\rows.jsonl", "rows.jsonl"),
         ("file:///mnt/rows.jsonl", "rows.jsonl"),
         ("rows of '/mnt/a/b.parquet', and of [/mnt/c]", "rows of 'b.parquet', and of [c]"),
+        ("data/../../home/bob/f", "f"),
+        (r"data\..\..\bob\f", "f"),
+        ("user@host:/mnt/data/x", "x"),
+        ("user@host:data/x", "x"),
+        ("host:/mnt/data/x", "x"),
+        ("from user@host:/mnt/data/x, and data/../../b/c.parquet", "from x, and c.parquet"),
         ("mini_data/pt", "mini_data/pt"),
+        ("a..b/c and ask me@example.org: no", "a..b/c and ask me@example.org: no"),
+        ("http://me@example.org:8000/v1/../a", "http://me@example.org:8000/v1/../a"),
         ("demo_results/sft", "demo_results/sft"),
         ("https://example.org/a/b and/or 1/2", "https://example.org/a/b and/or 1/2"),
         ("why is 3 / 4 = 0.75?", "why is 3 / 4 = 0.75?"),
@@ -114,6 +125,14 @@ def test_no_path_of_this_machine_is_told(road: Path, evaluation: Path, tmp_path:
 )
 def test_paths_outside_the_project_become_names(text: str, told: str) -> None:
     assert shorten(text) == told
+
+
+def test_long_texts_are_looked_through_at_once() -> None:
+    """Each in less than a second; where every sign may begin a path, the time must not grow with the square."""
+    for unit in ("a@", "a=", "a/", "a:", "@:", "../"):
+        started = time.monotonic()
+        shorten(f"is {unit * 20_000}")
+        assert time.monotonic() - started < 3
 
 
 def test_what_a_recipe_calls_a_secret_is_left_out() -> None:

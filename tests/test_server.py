@@ -2,6 +2,7 @@
 
 import asyncio
 import builtins
+import contextlib
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,7 @@ from mini_qwen.encoding import encode_text
 from mini_qwen.engine import Engine
 from mini_qwen.generation import encode_prompt
 from mini_qwen.sampling import Sampling
-from mini_qwen.server import make_app
+from mini_qwen.server import Server, make_app
 
 KEY = "a-key-of-this-test"
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -393,7 +395,7 @@ MALFORMED: dict[str, tuple[bytes, str | None]] = {
     "max_tokens fraction": (fields(max_tokens=1.5), "max_tokens"),
     "max_tokens true": (fields(max_tokens=True), "max_tokens"),
     "max_tokens beyond the limit": (fields(max_tokens=2049), "max_tokens"),
-    "max_tokens of 300 digits": (fields(max_tokens=10**300), "max_tokens"),
+    "max_tokens of 3,001 digits": (fields(max_tokens=10**3000), "max_tokens"),
     "max_completion_tokens beyond the limit": (
         fields(max_tokens=None, max_completion_tokens=5000),
         "max_completion_tokens",
@@ -419,6 +421,9 @@ MALFORMED: dict[str, tuple[bytes, str | None]] = {
     "seed of 65 bits": (fields(seed=2**64), "seed"),
     "seed below": (fields(seed=-(2**63) - 1), "seed"),
     "stop number": (fields(stop=5), "stop"),
+    "stop 0": (fields(stop=0), "stop"),
+    "stop false": (fields(stop=False), "stop"),
+    "stop empty object": (fields(stop={}), "stop"),
     "stop empty": (fields(stop=[""]), "stop"),
     "stop of numbers": (fields(stop=[1]), "stop"),
     "stop object": (fields(stop={"a": 1}), "stop"),
@@ -612,6 +617,51 @@ def test_a_full_server_says_so(raw: Served, raw_client: Any, stream: bool) -> No
     assert raw_client.completions.create(model="mine", prompt="a").choices[0].text
 
 
+HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+NO_HTTP = {
+    "garbage": b"\x00\x01\x02\r\n\r\n",
+    "no host": b"GET /v1/models HTTP/1.1\r\n\r\n",
+    "long header": HEAD + b"X-A: " + b"a" * 200_000 + b"\r\n\r\n",
+    "length no number": HEAD + b"Content-Length: abc\r\n\r\n{}",
+    "two lengths": HEAD + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\n{}",
+    "bad chunk": HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+    "bad chunk behind a refusal": HEAD.replace(b"json", b"xml") + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+}
+
+
+def send_raw(served: Served, *pieces: bytes) -> bytes:
+    """All that comes back until the connection is closed; each piece is sent behind the answer to the one before."""
+    url = httpx.URL(served.url)
+    answer = b""
+    with socket.create_connection((url.host, url.port), timeout=60) as connection:
+        for piece in pieces:
+            connection.sendall(piece)
+            answer += connection.recv(65536)
+        with contextlib.suppress(ConnectionResetError):  # what it sent and nobody read
+            while data := connection.recv(65536):
+                answer += data
+    return answer
+
+
+@pytest.mark.parametrize("name", NO_HTTP)
+def test_what_is_no_http_is_refused_in_the_same_form(chat: Served, name: str) -> None:
+    head, _, content = send_raw(chat, NO_HTTP[name]).partition(b"\r\n\r\n")
+    lines = head.decode().split("\r\n")
+    assert lines[0] == "HTTP/1.1 400 Bad Request"
+    headers = dict(line.lower().split(": ") for line in lines[1:])
+    check_refusal(httpx.Response(400, headers=headers, content=content), 400)
+    assert headers["connection"] == "close" and int(headers["content-length"]) == len(content)
+    assert chat.health()["status"] == "ok" and "Traceback" not in chat.said
+
+
+def test_what_is_no_http_behind_an_answer_closes_the_connection(chat: Served) -> None:
+    """The answer, 415, is sent before the body is there, and no second one can follow."""
+    start = HEAD.replace(b"json", b"xml") + b"Transfer-Encoding: chunked\r\n\r\n"
+    answer = send_raw(chat, start, b"zz\r\n")
+    assert answer.startswith(b"HTTP/1.1 415 ") and answer.count(b"HTTP/1.1") == 1
+    assert chat.health()["status"] == "ok" and "Traceback" not in chat.said
+
+
 def test_addresses_and_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(map(is_local, ("127.0.0.1", "localhost", "::1", "[::1]", "127.1.2.3")))
     assert not any(map(is_local, ("0.0.0.0", "::", "192.168.1.5", "example.org", "", "localhost.evil.example")))
@@ -647,6 +697,28 @@ def test_small_pieces_are_sent_at_once() -> None:
                 return await asyncio.wait_for(accepted, 60)
 
     assert asyncio.run(accept_one())
+
+
+def test_two_servers_started_at_once(monkeypatch: pytest.MonkeyPatch, checkpoints: dict[str, str]) -> None:
+    """The second hears of the first before either has loaded; the first's clients wait until it has."""
+    monkeypatch.setattr(sys, "setswitchinterval", lambda _: None)
+    threads = torch.get_num_threads()
+    with bind("127.0.0.1", 0) as listener:
+        port = listener.getsockname()[1]
+        with pytest.raises(SystemExit, match=f"Port {port} of 127.0.0.1 is in use"):
+            bind("127.0.0.1", port)
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as early:
+            early.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            engine = Engine(checkpoints["raw"])
+            server = Server(make_app(engine, Sampling(), Limits()), engine, "ready")
+            thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+            thread.start()
+            try:
+                assert early.recv(65536).startswith(b"HTTP/1.1 200 OK")
+            finally:
+                server.should_exit = True
+                thread.join(60)
+    torch.set_num_threads(threads)
 
 
 def test_a_slow_body_is_refused(checkpoints: dict[str, str]) -> None:
@@ -728,6 +800,21 @@ def test_vllm_takes_over(checkpoints: dict[str, str], tmp_path: Path, monkeypatc
     assert json.loads(options["--override-generation-config"])["temperature"] == 0.7
     assert environment["VLLM_API_KEY"] == KEY and KEY not in command
     assert environment["VLLM_NO_USAGE_STATS"] == "1"
+    assert json.loads(options["--allowed-origins"]) == []  # vLLM's own default lets every web page read
+
+
+@pytest.mark.parametrize("name", ["waiting", "max_tokens", "default_tokens", "max_bytes"])
+def test_vllm_is_given_no_promise_that_it_does_not_keep(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """A limit that it has not, also one that is the usual; and an address at which it would be open to others."""
+    monkeypatch.setattr(os, "execvpe", lambda *_: pytest.fail("vLLM was started"))
+    usual = mini_qwen_serve.OWN_LIMITS[name][0]
+    for value in (usual, 7):
+        words = refused(["x", "--engine", "vllm", f"--{name}", str(value)])
+        assert f"--{name} is a limit of the own engine" in words
+    assert getattr(mini_qwen_serve.read_arguments(["x"]), name) == usual
+    assert "a proxy in front that passes /v1 only" in refused(
+        ["x", "--engine", "vllm", "--host", "0.0.0.0", "--api_key", KEY]
+    )
 
 
 @pytest.mark.parametrize(("command", "arguments"), [("serve", "demo_results/dpo --port 81"), ("web", "a http://b/v1")])

@@ -1,5 +1,6 @@
 """mini_qwen/votes.py and utils/votes_to_pairs.py: no vote is lost, and what a vote teaches is what was voted."""
 
+import importlib.util
 import json
 import os
 import resource
@@ -7,9 +8,11 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from conftest import ROOT
 from transformers import PreTrainedTokenizerBase
 
@@ -209,8 +212,57 @@ def test_the_program_refuses_what_holds_no_pair(tmp_path: Path) -> None:
             "utils/votes_to_pairs.py",
             str(tmp_path / name),
             "--output_file",
-            str(tmp_path / "p"),
+            str(tmp_path / "p.jsonl"),
         ]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 1 and name in done.stderr and "Traceback" not in done.stderr
-        assert not (tmp_path / "p").exists()
+        assert not (tmp_path / "p.jsonl").exists()
+
+
+def load_program() -> Any:
+    spec = importlib.util.spec_from_file_location("votes_program", ROOT / "utils/votes_to_pairs.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_program_overwrites_nothing_and_leaves_no_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, other = tmp_path / "votes.jsonl", tmp_path / "mine.jsonl"
+    append_vote(file, vote())
+    (tmp_path / "votes.jsonl.lock").unlink(missing_ok=True)
+    other.write_text("mine")
+    (tmp_path / "link.jsonl").symlink_to(file)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    program = load_program()
+
+    def refused(output_file: Path) -> str:
+        with pytest.raises(SystemExit) as caught:
+            program.main([str(file), "--output_file", str(output_file)])
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+        return str(caught.value)
+
+    assert "the votes themselves" in refused(file)
+    assert "the votes themselves" in refused(tmp_path / "link.jsonl")
+    assert "mine.jsonl' is there already" in refused(other)
+    assert "must end in .jsonl" in refused(tmp_path / "pairs.txt")
+    assert "The pairs cannot be made" in refused(other / "pairs.jsonl")
+    assert "name too long" in refused(tmp_path / ("x" * 300 + ".jsonl"))
+
+    def fail(_: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(program, "sync", fail)
+    assert "No space left on device" in refused(tmp_path / "pairs.jsonl")
+    monkeypatch.undo()
+    program.main([str(file), "--output_file", str(tmp_path / "new/pairs.jsonl")])
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["pairs.jsonl"]
+
+
+def test_the_command_of_the_program_s_help_can_be_given_after_the_demo() -> None:
+    """Its recipe is of a model that the demo has made, and its output_dir is not the demo's own."""
+    (line,) = [line for line in load_program().__doc__.splitlines() if "mini_qwen_dpo.py --config" in line]
+    words = line.split()[2:]
+    options = dict(zip(words[::2], words[1::2], strict=True))
+    recipe = yaml.safe_load((ROOT / options["--config"]).read_text(encoding="utf-8"))
+    assert recipe["checkpoint"] == "demo_results/sft" and recipe["output_dir"] != options["--output_dir"]
