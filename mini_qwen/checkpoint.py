@@ -3,7 +3,7 @@
     output_dir/.unfinished/     what is being written or deleted; removed when the next run begins
     output_dir/checkpoint-500/  complete, with a manifest.json of all its files
     output_dir/broken-checkpoint-500/   did not verify when a run was to go on from it
-A manifest holds the size and SHA-256 of every file and the fingerprint of the run, and its own hash.
+A manifest holds the size and SHA-256 of every file, the fingerprint of the run and its seconds, and its own hash.
 """
 
 import hashlib
@@ -44,14 +44,18 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_manifest(folder: Path, fingerprint: dict[str, Any]) -> None:
-    """Hash all files below `folder`, write its manifest.json, and have everything on the disk."""
+def write_manifest(folder: Path, fingerprint: dict[str, Any], seconds: float = 0.0) -> None:
+    """Hash all files below `folder`, write its manifest.json, and have everything on the disk.
+
+    Args:
+        seconds: that the run has taken so far, those before it was resumed included.
+    """
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST)
     entries = {
         str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": digest}
         for file, digest in zip(files, hash_files(files), strict=True)
     }
-    content: dict[str, Any] = {"files": entries, "fingerprint": fingerprint}
+    content: dict[str, Any] = {"files": entries, "fingerprint": fingerprint, "seconds": round(seconds, 1)}
     content["sha256"] = hash_content(content)
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -122,7 +123,7 @@ class Guarded:
                     script.unlink()  # DeepSpeed's zero_to_fp32.py, which would unpickle what the folder holds
                 if is_best:  # it was written with the path aside
                     self.state.save_to_json(str(aside / name / TRAINER_STATE_NAME))
-                write_manifest(aside / name, self.fingerprint)
+                write_manifest(aside / name, self.fingerprint, time.time() - self.args.started)
                 publish(aside / name, output_dir / name)
                 rotate(output_dir, self.checkpoint_limit, output_dir / name, self.state.best_model_checkpoint)
             self.accelerator.wait_for_everyone()

@@ -56,7 +56,7 @@ class Run:
             "held-out loss": metrics.get("eval_loss"),
             "computed in": record.get("precision"),
             "machine": record.get("device"),
-            "seconds since it was last started": record.get("seconds"),  # a resumed run was started several times
+            "seconds": record.get("seconds"),
             "finished": record.get("finished"),
             "commit": record.get("commit"),
             "versions": "\n".join(f"{name} {number}" for name, number in packages.items()) or None,

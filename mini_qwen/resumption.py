@@ -135,14 +135,17 @@ def refuse_earlier_run(folder: Path) -> None:
 
 
 def check_identity(trainer: Trainer) -> None:
-    """Make sure that a resumed run is the one that wrote the checkpoint, and write down whose the folder is now."""
+    """Make sure that a resumed run is the one that wrote the checkpoint, and write down whose the folder is now.
+
+    Its seconds count on from the checkpoint's.
+    """
     args, folder = trainer.args, Path(trainer.args.output_dir)
     trainer.fingerprint = make_fingerprint(trainer)
     if args.resume_from_checkpoint:
         checkpoint = Path(args.resume_from_checkpoint)
-        check_same_run(
-            read_manifest(checkpoint)["fingerprint"], trainer.fingerprint, str(checkpoint), args.allow_changes or []
-        )
+        manifest = read_manifest(checkpoint)
+        check_same_run(manifest["fingerprint"], trainer.fingerprint, str(checkpoint), args.allow_changes or [])
+        args.started -= manifest.get("seconds", 0.0)
         if checkpoint.resolve().parent == folder.resolve():
             set_later_aside(checkpoint)
     write_whole(folder / FINGERPRINT, trainer.fingerprint)

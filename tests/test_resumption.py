@@ -164,6 +164,16 @@ def test_other_versions_are_another_run(road: Path, copied: Path, programs: Prog
     assert programs.run("pt", resuming(road, copied, allow_changes="versions")).code == 0
 
 
+def test_seconds_are_those_of_the_whole_run(road: Path, copied: Path, programs: Programs) -> None:
+    """As steps and losses are."""
+    checkpoint = copied / "checkpoint-2"
+    assert 0 < read_manifest(checkpoint)["seconds"] < 1000
+    write_manifest(checkpoint, read_manifest(checkpoint)["fingerprint"], seconds=5000)
+    assert programs.run("pt", resuming(road, copied, save_steps=2)).code == 0
+    assert 5000 < read_manifest(copied / "checkpoint-4")["seconds"] < 6000
+    assert 5000 < json.loads((copied / "run.json").read_text(encoding="utf-8"))["seconds"] < 6000
+
+
 def test_a_parent_of_other_weights_is_another_run(road: Path, tmp_path: Path, programs: Programs) -> None:
     """DPO takes its reference from the parent: a parent that was trained again would change it in silence."""
     argv = arguments("dpo", road, output_dir=tmp_path / "dpo", save_strategy="steps", save_steps=2)
