@@ -1,19 +1,22 @@
 """A model with the chunked loss head learns what a plain one does, in all stages."""
 
 import copy
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from conftest import MakeModel
-from programs import STAGES, Programs, arguments, gradient_norms, losses
+from programs import ROOT, STAGES, Programs, arguments, gradient_norms, losses
 from transformers import PreTrainedModel
 
 from mini_qwen.blocks import IGNORED
 from mini_qwen.levers import choose_loss_head, fit_loss_head
 from mini_qwen.loss_head import add_loss_head
+from mini_qwen.rows import read_rows
 
 
 @pytest.fixture
@@ -119,16 +122,23 @@ def test_a_reference_in_memory_is_scored_as_the_policy_is(
     assert losses(tmp_path)[0] == pytest.approx(math.log(2), abs=1e-6)
 
 
-@pytest.mark.parametrize("change", [{"ld_alpha": 0.3}, {"precision": "bf16"}])
-def test_reference_scores_of_other_settings_are_not_taken(
-    programs: Programs, road: Path, tmp_path: Path, change: dict[str, object]
-) -> None:
+def test_reference_scores_of_other_settings_are_not_taken(programs: Programs, road: Path, tmp_path: Path) -> None:
     """They lie in the cache of the same pairs and weights. Those that fit give a coin's toss before any update."""
+    rows = list(read_rows([ROOT / "mini_data/dpo/train-00000-of-00001.parquet"], None))
+    for name, some in (("train", rows[:40]), ("test", rows[40:60])):
+        lines = "".join(json.dumps(row.values) + "\n" for row in some)
+        (tmp_path / f"{name}.jsonl").write_text(lines, encoding="utf-8")
     options = {"cache_dir": tmp_path / "cache", "loss_type": "sigmoid", "loss_weights": 1.0, "max_steps": 1}
-    for name, keys in (("plain", {}), ("changed", change), ("again", change)):
+    options |= {f"{name}_files": tmp_path / f"{name}.jsonl" for name in ("train", "test")}
+    changed: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "ld_alpha": {"ld_alpha": 0.3},
+        "precision": {"precision": "bf16"},
+    }
+    for name, keys in [*changed.items(), ("again", changed["ld_alpha"])]:
         done = programs.run("dpo", arguments("dpo", road, output_dir=tmp_path / name, **options, **keys))
         assert done.code == 0, done.output[-3000:]
-        assert ("Computing reference log probs" in done.output) == (name != "again")
+        assert ("Computing reference log probs for train" in done.output) == (name != "again")
         assert losses(tmp_path / name)[0] == pytest.approx(math.log(2), abs=1e-6)
 
 

@@ -108,7 +108,7 @@ BAD_INPUT = {
     "no checkpoint": ("sft", {"checkpoint": "mini_qwen"}, r"no tokenizer at 'mini_qwen'"),
     "no answers": ("sft", {"train_files": ROOT / "mini_data/pt"}, r"lacks the column 'conversations' or 'messages'"),
     "no pairs": ("dpo", {"train_files": ROOT / "mini_data/sft"}, r"lacks the column 'chosen' \+ 'rejected'"),
-    "block too long": ("pt", {"block_size": 10_000_000}, r"fewer than one block of 10,000,000"),
+    "block too long": ("pt", {"block_size": 1_000_000}, r"fewer than one block of 1,000,000"),
     "too few rows": ("pt", {"eval_rows": 100_000}, r"eval_rows is 100,000, but the data has only"),
     "no such recipe": ("pt", {"config": "recipes/nothing.yaml"}, r"no recipe 'recipes/nothing.yaml'"),
 }
