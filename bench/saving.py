@@ -25,8 +25,9 @@ import yaml
 from safetensors.torch import save_file
 
 from bench.measurement import processor
-from mini_qwen.checkpoint import hash_files, publish, verify, write_manifest
+from mini_qwen.checkpoint import publish, verify, write_manifest
 from mini_qwen.circumstances import circumstances
+from mini_qwen.integrity import hash_files
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "saving.json"

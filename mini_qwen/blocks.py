@@ -72,7 +72,9 @@ class Blocks(torch.utils.data.Dataset):
 
     def as_dataset(self) -> datasets.Dataset:
         """The same items as a `datasets.Dataset`, the only kind that TRL's trainers take."""
-        return datasets.Dataset.from_dict({"block": range(len(self))}).with_transform(self.fetch)
+        dataset = datasets.Dataset.from_dict({"block": range(len(self))}).with_transform(self.fetch)
+        dataset.blocks = self
+        return dataset
 
     def fetch(self, batch: dict[str, list[int]]) -> dict[str, list[np.ndarray]]:
         items = [self[index] for index in batch["block"]]

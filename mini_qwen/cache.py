@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from mini_qwen.chat import TokenRow
 from mini_qwen.encoding import text_encoder
 from mini_qwen.files import count_rows, identity
+from mini_qwen.integrity import hash_files, sync
 from mini_qwen.ledger import Ledger
 from mini_qwen.rows import Row, check_columns
 from mini_qwen.store import STATE, StoreWriter
@@ -31,6 +32,7 @@ BATCH_SIZE = 200  # rows
 BATCH_CHARACTERS = 2_000_000
 ROWS_TRIED = 20  # of every file, before the first one is prepared
 SECONDS_BETWEEN_COMMITS = 10.0
+DIGEST = "digest"  # in a complete folder, of what it holds
 
 
 class Part(NamedTuple):
@@ -91,10 +93,25 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
         if not folder.exists():
             unfinished = folder.with_name(folder.name + ".partial")
             build(unfinished)
+            seal(unfinished)
             unfinished.rename(folder)
     finally:
         lock.release()
     return folder
+
+
+def seal(folder: Path) -> None:
+    """Have all files on the disk before the folder gets its name, and write down a hash of the data in them.
+
+    A ledger or a layout names places, which are no part of the data.
+    """
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != DIGEST)
+    for file in files:
+        sync(file)
+    data = [file for file in files if file.suffix != ".json"]
+    names = [str(file.relative_to(folder)) for file in data]
+    (folder / DIGEST).write_text(hash_of(list(zip(names, hash_files(data), strict=True))), encoding="utf-8")
+    sync(folder / DIGEST)
 
 
 def prepare_parts(cache_dir: str, sources: dict[str, list[Path]], preparation: Preparation) -> dict[str, list[Part]]:

@@ -10,46 +10,22 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from mini_qwen.integrity import hash_files, sync
 
 MANIFEST = "manifest.json"
 UNFINISHED = ".unfinished"
 BROKEN = "broken-"
-HASHED_AT_ONCE = 4  # files; hashing leaves Python's lock to other threads
 
 
 def hash_content(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def hash_file(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def hash_files(files: Iterable[Path]) -> list[str]:
-    with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
-        return list(pool.map(hash_file, files))
-
-
-def sync(path: Path) -> None:
-    """Have the machine write a file, or a folder's list of names, to the disk: a power cut does not undo it."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_manifest(folder: Path, fingerprint: dict[str, Any], seconds: float = 0.0) -> None:
-    """Hash all files below `folder`, write its manifest.json, and have everything on the disk.
-
-    Args:
-        seconds: that the run has taken so far, those before it was resumed included.
-    """
+    """Hash all files below `folder`, write its manifest.json with the run's seconds so far, and sync everything."""
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST)
     entries = {
         str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": digest}

@@ -96,13 +96,16 @@ def add_replay(
 ) -> list[Phase]:
     """The phases with their share of the documents to replay."""
     tokens = {path: sum(part.num_tokens for part in parts) for path, parts in sources.items()}
+    # What is held out is not trained on. Nearly: which rows these are is not known yet.
+    num_rows = sum(part.ledger.rows_kept for parts in sources.values() for part in parts)
+    trained_share = max(0.0, 1 - data.eval_rows / max(1, num_rows))
     available = sum(part.num_tokens for parts in replayed.values() for part in parts)
     if not available:
         raise SystemExit(f"There is no text to replay in {', '.join(data.replay_files)}. Name other replay_files.")
     mixed = []
     for phase in phases:
         spoken = sum(tokens[path] * passes for path, passes in phase.items())
-        passes = data.replay_share / (1 - data.replay_share) * spoken / available
+        passes = data.replay_share / (1 - data.replay_share) * spoken * trained_share / available
         mixed.append(phase | dict.fromkeys(replayed, passes))
     return mixed
 

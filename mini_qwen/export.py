@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from mini_qwen.checkpoint import UNFINISHED, step_of, sync
+from mini_qwen.checkpoint import UNFINISHED, step_of
 from mini_qwen.disk import OTHER_FILES, gigabytes
 from mini_qwen.files import brief
+from mini_qwen.integrity import sync
 from mini_qwen.model import check_checkpoint, check_vocabulary
 from mini_qwen.templates import safe_template
 from mini_qwen.tokenizer import load_tokenizer

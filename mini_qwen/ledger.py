@@ -13,9 +13,10 @@ SHORTENED = "shortened"  # reason under which tokens are dropped of rows that ar
 class Ledger:
     """Counts of one preparation.
 
-        rows_read + rows_split_off = rows_kept + rows_held_out + rows_unused + rows_joined + rows_dropped
+        rows_read + rows_split_off
+            = rows_kept + rows_held_out + rows_like_held_out + rows_unused + rows_joined + rows_dropped
         tokens_read + tokens_repeated
-            = tokens_trained + tokens_masked + tokens_held_out + tokens_unused + tokens_dropped
+            = tokens_trained + tokens_masked + tokens_held_out + tokens_like_held_out + tokens_unused + tokens_dropped
 
     A masked token is seen by the model but not scored (questions, the template, the first token of a document). Rows
     whose text cannot be read, or whose turns are no turns, add no tokens. For a pair, tokens are those of both sides,
@@ -28,10 +29,11 @@ class Ledger:
     rows_split_off: int = 0  # further rows that huge documents were split into
     rows_kept: int = 0
     rows_held_out: int = 0
+    rows_like_held_out: int = 0  # not trained on, for a held-out row is the same
     rows_unused: int = 0  # left out by a mixture that takes less than all of their source
     rows_joined: int = 0  # rated answers that became the second side of a pair
     rows_dropped: Counter[str] = field(default_factory=Counter)
-    rows_shortened: int = 0  # of the kept
+    rows_shortened: int = 0  # of those that are not dropped
     rows_with_control_text: int = 0  # of the read: their text spells a control token, and is tokenised as plain text
     rows_cut: int = 0  # of the kept: laid into more than one block
     short_rows_cut: int = 0  # of those, the ones that one block could have held
@@ -40,6 +42,7 @@ class Ledger:
     tokens_trained: int = 0
     tokens_masked: int = 0
     tokens_held_out: int = 0
+    tokens_like_held_out: int = 0
     tokens_unused: int = 0
     tokens_dropped: Counter[str] = field(default_factory=Counter)
     blocks: int = 0
@@ -74,8 +77,9 @@ class Ledger:
     def check(self, max_drop_share: float) -> None:
         """Make sure that rows and tokens add up, and `check_drops`."""
         dropped, rows = self.rows_dropped.total(), self.rows_read + self.rows_split_off
-        assert rows == self.rows_kept + self.rows_held_out + self.rows_unused + self.rows_joined + dropped, self
-        unlearnt = self.tokens_held_out + self.tokens_unused + self.tokens_dropped.total()
+        left_out = self.rows_held_out + self.rows_like_held_out + self.rows_unused
+        assert rows == self.rows_kept + left_out + self.rows_joined + dropped, self
+        unlearnt = self.tokens_held_out + self.tokens_like_held_out + self.tokens_unused + self.tokens_dropped.total()
         assert self.tokens_read + self.tokens_repeated == self.tokens_trained + self.tokens_masked + unlearnt, self
         self.check_drops(max_drop_share)
 
@@ -88,6 +92,7 @@ class Ledger:
         )
         if not self.rows_kept:
             why = f"of {self.rows_read:,} read, dropped: {reasons or 'none'}"
+            why += f"; {self.rows_like_held_out:,} are the same as held-out ones" * bool(self.rows_like_held_out)
             if not self.rows_read:
                 why = f"the files, {self.files:,} in all, have none"
             raise SystemExit(
@@ -133,12 +138,12 @@ class Ledger:
             return f"{getattr(self, f'{stem}_read'):,} read" + (f" + {more:,} {extra.replace('_', ' ')}" * bool(more))
 
         notes = [
-            f"{self.rows_shortened:,} of the kept shortened",
+            f"{self.rows_shortened:,} shortened",
             f"{self.rows_with_control_text:,} spell a control token" * bool(self.rows_with_control_text),
             f"{self.files_without_rows:,} files without rows" * bool(self.files_without_rows),
         ]
-        rows = terms("rows", "kept held_out unused joined", self.rows_dropped)
-        tokens = terms("tokens", "trained masked held_out unused", self.tokens_dropped)
+        rows = terms("rows", "kept held_out like_held_out unused joined", self.rows_dropped)
+        tokens = terms("tokens", "trained masked held_out like_held_out unused", self.tokens_dropped)
         remarks = ", ".join(filter(None, notes))
         lines = [
             f"rows:   {read('rows', 'split_off')} = {rows} ({remarks}), from {self.files} files",

@@ -1,7 +1,6 @@
 """Mixtures: how much of each source is trained on, and when. Which rows, the seed alone decides."""
 
 import math
-import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -17,8 +16,9 @@ from mini_qwen.files import DataKeys, find_files
 from mini_qwen.ledger import Ledger
 from mini_qwen.packing import Packed, lengths_of
 from mini_qwen.store import TokenStore
+from mini_qwen.twins import choose_held_out, find_twins
 
-BLOCK_MODULES = ("blocks", "mixture", "packing")  # what decides the blocks, beside the rows and the recipe
+BLOCK_MODULES = ("blocks", "mixture", "packing", "twins")  # what decides the blocks, beside the rows and the recipe
 WINDOW = 1 << 20  # rows that are packed together; bounds the memory that packing takes
 
 # Recipe value of `train_files`: files and folders, each taken once; or how many times each is taken, such as 0.5 or 2;
@@ -32,7 +32,7 @@ class MixtureKeys(DataKeys):
     """Recipe keys of data that may be mixed."""
 
     train_files: Mixture
-    eval_rows: int = 0  # rows cut off first, by seed, for the loss on data never trained on
+    eval_rows: int = 0  # rows cut off first, by seed, for the loss on data never trained on; their twins go too
 
 
 def read_phases(train_files: Mixture) -> list[Phase]:
@@ -61,13 +61,6 @@ def find_sources(phases: list[Phase]) -> dict[str, list[Path]]:
         if not sources[path]:
             raise SystemExit(f"All files of '{path}' are in paths named before it. Name it first, or leave it out.")
     return sources
-
-
-def choose_held_out(num_rows: int, eval_rows: int, seed: int) -> np.ndarray:
-    """The rows to keep away from training, sorted: a function of the seed and the number of rows."""
-    if eval_rows and not 0 < eval_rows < num_rows:
-        raise SystemExit(f"eval_rows is {eval_rows:,}, but the data has only {num_rows:,} usable rows: choose fewer.")
-    return np.array(sorted(random.Random(seed).sample(range(num_rows), eval_rows)), np.int64)
 
 
 def uniform(rows: np.ndarray, seed: int) -> np.ndarray:
@@ -129,10 +122,11 @@ def arrange(
             first = rows[path].stop
         num_rows = sum(len(rows[path]) for path in plan.held_out_of)
         held_out = choose_held_out(num_rows, plan.eval_rows if num_rows else 0, plan.seed)  # if none, the ledger stops
+        twins = find_twins(store, held_out)
         ledger = sum_ledgers(sources)
-        count_taken(ledger, store, plan, rows, held_out)
+        count_taken(ledger, store, plan, rows, held_out, twins)
 
-        windows = phase_rows(plan.phases, rows, held_out, plan.seed)
+        windows = phase_rows(plan.phases, rows, np.union1d(held_out, twins), plan.seed)
         block_size, isolate, pack = plan.block_size, plan.isolate, partial(plan.pack, size=plan.block_size)
         ledger.add(write_blocks(folder / "train", store, windows, pack, block_size, isolate, seed=plan.seed))
         count_sources(ledger, Blocks(folder / "train"), rows)
@@ -146,20 +140,28 @@ def arrange(
 
 
 def count_taken(
-    ledger: Ledger, store: TokenStore, plan: Arrangement, rows: dict[str, range], held_out: np.ndarray
+    ledger: Ledger,
+    store: TokenStore,
+    plan: Arrangement,
+    rows: dict[str, range],
+    held_out: np.ndarray,
+    twins: np.ndarray,
 ) -> None:
-    """Enter in the ledger which rows are held out, never taken, or taken more than once."""
+    """Enter in the ledger which rows are held out, or like one that is, never taken, or taken more than once."""
     ledger.rows_held_out += len(held_out)
     ledger.tokens_held_out += int(lengths_of(store.spans(held_out)).sum())
+    ledger.rows_like_held_out += len(twins)
+    ledger.tokens_like_held_out += int(lengths_of(store.spans(twins)).sum())
+    away = np.union1d(held_out, twins)
     for path, numbers in rows.items():
         passes = progress_of(path, plan.phases)[-1]
-        for window in windows_of(numbers, held_out):
+        for window in windows_of(numbers, away):
             times = times_taken(window, plan.seed, 0.0, passes)
             lengths = lengths_of(store.spans(window))
             ledger.rows_unused += int((times == 0).sum())
             ledger.tokens_unused += int(lengths[times == 0].sum())
             ledger.tokens_repeated += int((lengths * np.maximum(times - 1, 0)).sum())
-    ledger.rows_kept -= ledger.rows_held_out + ledger.rows_unused
+    ledger.rows_kept -= ledger.rows_held_out + ledger.rows_like_held_out + ledger.rows_unused
 
 
 def count_sources(ledger: Ledger, blocks: Blocks, rows: dict[str, range]) -> None:
@@ -172,14 +174,14 @@ def count_sources(ledger: Ledger, blocks: Blocks, rows: dict[str, range]) -> Non
         ledger.tokens_by_source.update(dict(zip(rows, totals.tolist(), strict=True)))
 
 
-def windows_of(rows: range, held_out: np.ndarray) -> Iterator[np.ndarray]:
-    """The rows without the held-out ones, at most WINDOW at a time."""
+def windows_of(rows: range, without: np.ndarray) -> Iterator[np.ndarray]:
+    """The rows but for some, at most WINDOW at a time."""
     for start in range(rows.start, rows.stop, WINDOW):
-        yield np.setdiff1d(np.arange(start, min(start + WINDOW, rows.stop)), held_out, assume_unique=True)
+        yield np.setdiff1d(np.arange(start, min(start + WINDOW, rows.stop)), without, assume_unique=True)
 
 
 def phase_rows(
-    phases: list[Phase], source_rows: dict[str, range], held_out: np.ndarray, seed: int
+    phases: list[Phase], source_rows: dict[str, range], without: np.ndarray, seed: int
 ) -> Iterator[tuple[int, np.ndarray]]:
     """The rows of each phase in the store's order, window by window, each with the number of its phase.
 
@@ -187,11 +189,11 @@ def phase_rows(
 
     Args:
         source_rows: the numbers of each source's rows in the store.
-        held_out: rows never to be taken, sorted.
+        without: rows never to be taken, sorted.
     """
     for number, phase in enumerate(phases):
         for path in (path for path in source_rows if path in phase):
             before, after = progress_of(path, phases)[number : number + 2]
             for low, high in pairwise([before, *range(int(before) + 1, math.ceil(after)), after]):
-                for window in windows_of(source_rows[path], held_out):
+                for window in windows_of(source_rows[path], without):
                     yield number, window[times_taken(window, seed, low, high) > 0]

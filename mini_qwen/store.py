@@ -110,6 +110,15 @@ class TokenStore:
             row_lengths[mine], begins_row[mine] = starts[row + 1] - starts[row], starts[row] == local
         return row_lengths, begins_row
 
+    def tokens_at(self, places: np.ndarray) -> np.ndarray:
+        """The ids of single tokens."""
+        ids = np.empty(len(places), np.uint32)
+        owners = np.searchsorted(self.token_offsets, places, side="right") - 1
+        for number in np.unique(owners):
+            mine = owners == number
+            ids[mine] = self.parts[number]["ids"][places[mine] - self.token_offsets[number]]
+        return ids
+
     def parts_of(self, spans: np.ndarray) -> np.ndarray:
         """The number of the folder that each span lies in."""
         return np.searchsorted(self.token_offsets, spans[:, 0], side="right") - 1

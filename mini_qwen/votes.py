@@ -18,7 +18,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from mini_qwen.checkpoint import sync
+from mini_qwen.integrity import sync
 
 VERDICTS = ("better", "tie", "all_bad")
 

@@ -5,6 +5,7 @@ import json
 import time
 import unicodedata
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from mini_qwen import conversations as module
-from mini_qwen.blocks import Blocks
 from mini_qwen.chat import TokenRow, encode_chat
 from mini_qwen.conversations import ConversationData, encode_conversations, prepare_conversations
 from mini_qwen.encoding import encode_text
@@ -333,8 +333,8 @@ BAD = st.sampled_from([[QUESTION], [], [ANSWER, ANSWER], [QUESTION, {"from": "gp
 
 @settings(max_examples=40)
 @given(
-    conversations=st.tuples(GOOD, GOOD, st.lists(st.one_of(GOOD, BAD, WITH_EXTRAS), max_size=8)).map(
-        lambda parts: [*parts[2], parts[0], parts[1]]
+    conversations=st.tuples(GOOD, st.lists(st.one_of(GOOD, BAD, WITH_EXTRAS), max_size=8)).map(
+        lambda parts: [*parts[1], parts[0], exchange(7)]
     ),
     eval_rows=st.integers(0, 1),
     packing=st.booleans(),
@@ -352,17 +352,20 @@ def test_ledger_adds_up_to_the_blocks(
     data = keys([file], folder, eval_rows=eval_rows, packing=packing, max_drop_share=1.0)
     blocks, held_out, ledger = prepare_conversations(data, tokenizer, 64, seed=0)
     assert ledger.rows_read == len(conversations)
-    assert ledger.rows_read == ledger.rows_kept + ledger.rows_held_out + ledger.rows_dropped.total()
-    assert ledger.rows_kept == conversations_in(blocks, tokenizer).total()
-    assert ledger.rows_held_out == (conversations_in(held_out, tokenizer).total() if held_out else 0) == eval_rows
+    left_out = ledger.rows_held_out + ledger.rows_like_held_out
+    assert ledger.rows_read == ledger.rows_kept + left_out + ledger.rows_dropped.total()
+    seen, unseen = conversations_in(blocks, tokenizer), conversations_in(held_out or [], tokenizer)
+    assert ledger.rows_kept == seen.total() and not seen & unseen
+    assert ledger.rows_held_out == unseen.total() == eval_rows
     labels = np.concatenate([block["labels"] for block in blocks])
     assert ledger.tokens_trained == (labels != -100).sum()
     assert ledger.tokens_masked == (labels == -100).sum()
     assert ledger.tokens_held_out == sum(len(block["labels"]) for block in held_out or [])
-    assert ledger.tokens_read == len(labels) + ledger.tokens_held_out + ledger.tokens_dropped.total()
+    tokens_left_out = ledger.tokens_held_out + ledger.tokens_like_held_out
+    assert ledger.tokens_read == len(labels) + tokens_left_out + ledger.tokens_dropped.total()
 
 
-def conversations_in(blocks: Blocks, tokenizer: PreTrainedTokenizerBase) -> Counter[str]:
+def conversations_in(blocks: Iterable[dict[str, np.ndarray]], tokenizer: PreTrainedTokenizerBase) -> Counter[str]:
     """The conversations of all blocks as texts, each ending in a stop token that is trained."""
     found: Counter[str] = Counter()
     for block in blocks:
@@ -462,6 +465,18 @@ def test_replay_does_not_thin_out_the_share_of_drops(
     data.replay_files = [str(conversations)]
     with pytest.raises(SystemExit, match=r"conversations\.jsonl' is in train_files and in replay_files"):
         prepare_conversations(data, tokenizer, 64, seed=1)
+
+
+def test_replay_is_a_share_of_what_is_trained_on(
+    write_rows: WriteRows, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """Not of what is held out: here half of the conversations."""
+    documents = write_rows("documents.jsonl", [{"text": f"{number} birds"} for number in range(900)])
+    conversations = write_rows("conversations.jsonl", [{"conversations": exchange(number)} for number in range(200)])
+    data = keys([conversations], tmp_path / "cache", replay_files=[str(documents)], replay_share=0.3, eval_rows=100)
+    _, _, ledger = prepare_conversations(data, tokenizer, 64, seed=1)
+    share = ledger.tokens_by_source[str(documents)] / ledger.tokens_by_source.total()
+    assert share == pytest.approx(0.3, abs=0.02)
 
 
 def test_replay_is_looked_at_before_anything_is_tokenised(

@@ -23,9 +23,10 @@ PLACES = st.dictionaries(st.sampled_from(["empty text", "no answer"]), st.sample
 def ledgers(draw: st.DrawFn) -> Ledger:
     """Ledgers that add up."""
     kept, held_out, unused, joined, trained, masked, tokens_out, tokens_unused = (draw(COUNTS) for _ in range(8))
+    alike, tokens_alike = draw(COUNTS), draw(COUNTS)
     rows_dropped, tokens_dropped = draw(REASONS), draw(REASONS)
-    rows = kept + held_out + unused + joined + rows_dropped.total()
-    tokens = trained + masked + tokens_out + tokens_unused + tokens_dropped.total()
+    rows = kept + held_out + alike + unused + joined + rows_dropped.total()
+    tokens = trained + masked + tokens_out + tokens_alike + tokens_unused + tokens_dropped.total()
     split_off, repeated = draw(st.integers(0, rows)), draw(st.integers(0, tokens))
     blocks = draw(st.integers(0, 9))
     return Ledger(
@@ -35,6 +36,7 @@ def ledgers(draw: st.DrawFn) -> Ledger:
         rows_split_off=split_off,
         rows_kept=kept,
         rows_held_out=held_out,
+        rows_like_held_out=alike,
         rows_unused=unused,
         rows_joined=joined,
         rows_dropped=rows_dropped,
@@ -47,6 +49,7 @@ def ledgers(draw: st.DrawFn) -> Ledger:
         tokens_trained=trained,
         tokens_masked=masked,
         tokens_held_out=tokens_out,
+        tokens_like_held_out=tokens_alike,
         tokens_unused=tokens_unused,
         tokens_dropped=tokens_dropped,
         blocks=blocks if trained else 0,
@@ -63,7 +66,8 @@ def full() -> Ledger:
         files_without_rows=1,
         rows_read=1000,
         rows_split_off=25,
-        rows_kept=940,
+        rows_kept=936,
+        rows_like_held_out=4,
         rows_held_out=10,
         rows_unused=20,
         rows_joined=5,
@@ -75,9 +79,10 @@ def full() -> Ledger:
         tokens_read=10_000,
         tokens_repeated=800,
         tokens_trained=4_000,
+        tokens_like_held_out=40,
         tokens_masked=5_500,
         tokens_held_out=100,
-        tokens_unused=700,
+        tokens_unused=660,
         tokens_dropped=Counter({"shortened": 500}),
         blocks=10,
         tokens_padding=500,
@@ -98,6 +103,7 @@ def test_everything_is_in_one_of_the_two_sums(ledger: Ledger) -> None:
 
 ADDED = ["rows_read", "rows_split_off", "rows_kept", "rows_held_out", "rows_unused", "rows_joined"]
 ADDED += ["tokens_read", "tokens_repeated", "tokens_trained", "tokens_masked", "tokens_held_out", "tokens_unused"]
+ADDED += ["rows_like_held_out", "tokens_like_held_out"]
 
 
 @pytest.mark.parametrize("key", ADDED)
@@ -178,12 +184,12 @@ def test_any_ledger_survives_its_file(ledger: Ledger) -> None:
 @given(ledgers())
 def test_the_summary_is_two_sums_that_are_right(ledger: Ledger) -> None:
     rows, tokens, *_ = ledger.summary().split("\n")
-    row_sum = rows.partition(f" ({ledger.rows_shortened:,} of the kept")[0]
+    row_sum = rows.partition(f" ({ledger.rows_shortened:,} shortened")[0]
     num_rows, num_tokens = ledger.rows_read + ledger.rows_split_off, ledger.tokens_read + ledger.tokens_repeated
     for line, total in ((row_sum.removeprefix("rows:"), num_rows), (tokens.removeprefix("tokens:"), num_tokens)):
         for side in line.split(" = "):
             assert sum(int(part.split()[0].replace(",", "")) for part in side.split(" + ") if part.strip()) == total
-    assert f"{ledger.rows_shortened:,} of the kept shortened" in rows
+    assert f"{ledger.rows_shortened:,} shortened" in rows
     assert f"from {ledger.files} files" in rows
     for line, reasons in ((rows, ledger.rows_dropped), (tokens, ledger.tokens_dropped)):
         for reason, count in reasons.items():
@@ -192,11 +198,12 @@ def test_the_summary_is_two_sums_that_are_right(ledger: Ledger) -> None:
 
 def test_the_summary_of_a_full_ledger() -> None:
     assert full().summary().split("\n") == [
-        "rows:   1,000 read + 25 split off = 940 kept + 10 held out + 20 unused + 5 joined + 20 dropped (no answer) + "
-        "30 dropped (malformed turn) (7 of the kept shortened, 3 spell a control token, 1 files without rows), "
+        "rows:   1,000 read + 25 split off = 936 kept + 10 held out + 4 like held out + 20 unused + 5 joined + "
+        "20 dropped (no answer) + "
+        "30 dropped (malformed turn) (7 shortened, 3 spell a control token, 1 files without rows), "
         "from 2 files",
-        "tokens: 10,000 read + 800 repeated = 4,000 trained + 5,500 masked + 100 held out + 700 unused + "
-        "500 dropped (shortened)",
+        "tokens: 10,000 read + 800 repeated = 4,000 trained + 5,500 masked + 100 held out + "
+        "40 like held out + 660 unused + 500 dropped (shortened)",
         "blocks: 10, 5.00% padding; 12 rows in more than one block, 4 of them no longer than one",
         "source: data/web 7,125 (75.0%), data/books 2,375 (25.0%)",
     ]
@@ -211,7 +218,7 @@ def test_the_summary_leaves_out_what_there_is_none_of() -> None:
     ledger = Ledger(files=1, rows_read=2, rows_kept=2, tokens_read=5, tokens_trained=5)
     ledger.tokens_by_source["data"] += 5
     assert ledger.summary().split("\n") == [
-        "rows:   2 read = 2 kept (0 of the kept shortened), from 1 files",
+        "rows:   2 read = 2 kept (0 shortened), from 1 files",
         "tokens: 5 read = 5 trained",
     ]
     assert not re.search(r"held|unused|joined|repeated|blocks|source", ledger.summary())

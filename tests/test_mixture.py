@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mini_qwen import cache, mixture
+from mini_qwen import cache, mixture, twins
 from mini_qwen.blocks import Blocks
 from mini_qwen.cache import Part
 from mini_qwen.ledger import Ledger
@@ -20,7 +20,6 @@ from mini_qwen.mixture import (
     Arrangement,
     Phase,
     arrange,
-    choose_held_out,
     find_sources,
     phase_rows,
     progress_of,
@@ -29,7 +28,8 @@ from mini_qwen.mixture import (
     uniform,
 )
 from mini_qwen.packing import cut, fit, one_each
-from mini_qwen.store import StoreWriter
+from mini_qwen.store import StoreWriter, TokenStore
+from mini_qwen.twins import choose_held_out, find_twins
 
 PASSES = st.one_of(st.sampled_from([0.1, 0.2, 0.5, 0.9, 1.0, 2.0, 2.5]), st.floats(1e-6, 4.0))
 PHASES = st.lists(st.dictionaries(st.sampled_from("abc"), PASSES, min_size=1), min_size=1, max_size=3)
@@ -328,6 +328,49 @@ def test_blocks_and_ledger_are_what_was_asked_for(
     assert ledger.tokens_by_source == by_source
     if ledger.rows_kept:
         ledger.check(max_drop_share=1.0)
+
+
+@given(
+    parts=st.lists(st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=4), max_size=8), min_size=1, max_size=3),
+    draws=st.sets(st.integers(0, 23)),
+    window=st.sampled_from([3, 100]),
+)
+def test_twins_are_the_rows_with_the_tokens_of_a_held_out_one(
+    tmp_path_factory: pytest.TempPathFactory, parts: list[list[list[int]]], draws: set[int], window: int
+) -> None:
+    folder = tmp_path_factory.mktemp("store")
+    for number, rows in enumerate(parts):
+        writer = StoreWriter(folder / str(number), flags=False)
+        writer.add([np.array(row) for row in rows])
+        writer.close()
+    everything = [tuple(row) for rows in parts for row in rows]
+    held_out = np.array(sorted(draw for draw in draws if draw < len(everything)), np.int64)
+    held = {everything[number] for number in held_out.tolist()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(twins, "WINDOW", window)
+        found = find_twins(TokenStore([folder / str(number) for number in range(len(parts))]), held_out).tolist()
+    expected = [number for number, row in enumerate(everything) if row in held and number not in held_out]
+    assert found == expected
+
+
+def test_twins_of_held_out_rows_are_not_trained_on(tmp_path: Path) -> None:
+    """In whichever source they are, and counted."""
+    texts = [[1, 2, 3], [4, 5], [1, 2, 3], [6, 7, 8, 9], [4, 5]]
+    sources = {}
+    for path in "ab":
+        writer = StoreWriter(tmp_path / f"pt-{path}", flags=False)
+        writer.add([np.array(text) for text in texts])
+        writer.close()
+        ledger = Ledger(files=1, rows_read=5, rows_kept=5, tokens_read=14)
+        sources[path] = [Part(tmp_path / f"pt-{path}", ledger)]
+    plan = plan_of([{"a": 1.0, "b": 2.0}], sources, eval_rows=1, packing="none", block_size=9)
+    train, held, ledger = arrange(str(tmp_path), "pt", sources, plan)
+    (row,) = [block["input_ids"].tolist() for block in held]
+    assert row not in [block["input_ids"].tolist() for block in train]
+    num_twins = 2 * texts.count(row) - 1
+    assert ledger.rows_like_held_out == num_twins and ledger.tokens_like_held_out == num_twins * len(row)
+    assert ledger.rows_kept == 10 - 1 - num_twins
+    ledger.check(max_drop_share=0.0)
 
 
 def test_rows_that_only_just_miss_a_share_are_counted_as_they_are_taken(tmp_path: Path) -> None:

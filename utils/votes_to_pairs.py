@@ -15,8 +15,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mini_qwen.checkpoint import UNFINISHED, sync
+from mini_qwen.checkpoint import UNFINISHED
 from mini_qwen.files import brief
+from mini_qwen.integrity import sync
 from mini_qwen.votes import preference_pairs, read_votes
 
 
