@@ -40,6 +40,9 @@ def main(argv: list[str] | None = None) -> None:
     started = time.time()
     (args,) = parse_recipe(TokenizerData, argv=argv, default="recipes/tokenizer.yaml")
 
+    for name, least in (("max_rows", 1), ("eval_rows", 0)):
+        if (number := getattr(args, name)) < least:
+            raise SystemExit(f"{name} is {number:,}; it is a number of documents, {least} or more.")
     files = find_files(args.train_files)
     check_columns(files, [["text"]])
     ledger = Ledger(files=len(files))
@@ -49,6 +52,11 @@ def main(argv: list[str] | None = None) -> None:
     if ledger.rows_dropped:
         print(f"of {ledger.rows_read:,} rows, left out: {dict(ledger.rows_dropped)}")
 
+    if not learnt:
+        raise SystemExit(
+            f"eval_rows is {args.eval_rows:,}, but {len(drawn):,} documents are all there are: none is left to learn "
+            "from. Choose fewer, or name more data in train_files."
+        )
     tokenizer = train_tokenizer(learnt, args.vocab_size)
 
     figures = {}

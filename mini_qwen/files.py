@@ -2,7 +2,10 @@
 
 import gzip
 import io
+import os
 import zlib
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -11,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 KINDS = (".parquet", ".jsonl", ".json", ".csv", ".txt")
+OTHER_NAMES = {".ndjson": ".jsonl"}
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 DAMAGE = (pa.ArrowException, OSError, EOFError, zlib.error, MemoryError)  # what libraries raise on damaged bytes
 
@@ -24,13 +28,20 @@ class DataKeys:
     cache_dir: str = "cache"  # prepared token rows, 4 or 5 bytes a token; old folders in it may be removed
 
 
+def compression(file: Path) -> str:
+    """`.gz` or `.zst` at the end of the name, or none; capitals do not matter."""
+    suffix = file.suffix.lower()
+    return suffix if suffix in COMPRESSIONS else ""
+
+
 def kind(file: Path) -> str:
-    """`.jsonl` for rows.jsonl, rows.jsonl.gz and rows.jsonl.zst."""
-    return Path(file.stem).suffix if file.suffix in COMPRESSIONS else file.suffix
+    """`.jsonl` for rows.jsonl, rows.jsonl.gz, rows.ndjson.zst and ROWS.JSONL."""
+    suffix = (Path(file.stem) if compression(file) else file).suffix.lower()
+    return OTHER_NAMES.get(suffix, suffix)
 
 
 def find_files(paths: list[str]) -> list[Path]:
-    """All data files under the given files and folders, in a fixed order.
+    """All data files under the given files and folders, in a fixed order; one that has two names under the first.
 
     Raises SystemExit for a path that is missing, a folder without data files, and a file of another kind.
     """
@@ -45,27 +56,51 @@ def find_files(paths: list[str]) -> list[Path]:
             )
         files = [path]
         if path.is_dir():
-            inside = (file for file in path.rglob("*") if kind(file) in KINDS and file.is_file())
-            files = sorted(file for file in inside if not is_hidden(file.relative_to(path)))
+            files = sorted(file for file in walk(path) if is_data(file))
         if not files:
             raise SystemExit(f"The folder '{name}' holds no data files ({known}).")
         found += files
     wrong = [file for file in found if kind(file) not in KINDS]
     if wrong:
         raise SystemExit(f"'{wrong[0]}' is not a data file: known are {known}.")
-    return list(dict.fromkeys(found))
+    names: dict[Path, Path] = {}
+    for file in found:
+        names.setdefault(file.resolve(), file)
+    return list(names.values())
 
 
-def is_hidden(path: Path) -> bool:
-    """Downloads in progress lie in hidden folders: `.cache` of the Hugging Face Hub, `._____temp` of ModelScope."""
-    return any(part.startswith(".") for part in path.parts)
+def is_data(file: Path) -> bool:
+    return kind(file) in KINDS and file.is_file()
+
+
+def walk(folder: Path) -> Iterator[Path]:
+    """Every file below the folder, also behind links to folders; a folder that can be reached twice is entered once.
+
+    Left out is what is hidden: downloads in progress lie in `.cache` of the Hugging Face Hub, `._____temp` of
+    ModelScope.
+    """
+    entered = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in entered:
+            folders.clear()
+            continue
+        entered.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(place) / name for name in names if not name.startswith("."))
+
+
+def count_unread(paths: list[str]) -> Counter[str]:
+    """How many files below the given folders are no data files, by the end of their name."""
+    inside = (file for name in paths if Path(name).is_dir() for file in walk(Path(name)))
+    return Counter(file.suffix or file.name for file in inside if not is_data(file))
 
 
 def open_bytes(file: Path) -> BinaryIO:
     """The file's bytes, decompressed on the way."""
-    if file.suffix == ".gz":
+    if compression(file) == ".gz":
         return gzip.open(file, "rb")
-    if file.suffix == ".zst":
+    if compression(file) == ".zst":
         return io.BufferedReader(pa.input_stream(str(file), compression="zstd"))
     return file.open("rb")
 
@@ -74,7 +109,7 @@ def open_parquet(file: Path) -> pq.ParquetFile:
     """Raises SystemExit for a file that is no parquet, saying what it is instead."""
     try:
         source: Any = file
-        if file.suffix in COMPRESSIONS:
+        if compression(file):
             with open_bytes(file) as stream:
                 source = pa.BufferReader(stream.read())
         # Pages as they come, not whole columns; and compared with their checksums, where the writer left some.

@@ -1,6 +1,7 @@
 """Held-out preference pairs: how often a checkpoint finds the chosen answer likelier, alone and against its parent."""
 
 from collections.abc import Sequence
+from itertools import chain
 from statistics import fmean
 from typing import Any
 
@@ -9,9 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mini_qwen.files import find_files
 from mini_qwen.ledger import Ledger
 from mini_qwen.metrics import standard_error
-from mini_qwen.preferences import read_preferences
-from mini_qwen.rows import read_rows
-from mini_qwen.schemas import PAIR_COLUMNS, join_rated
+from mini_qwen.preferences import pair_preparation, read_preferences
 from mini_qwen.scoring import score_rows
 
 LogProbs = Sequence[tuple[float, float]]  # of each pair's chosen and rejected answer, in nats
@@ -25,7 +24,8 @@ def score_preferences(
     `pair_log_probs` holds both numbers of every pair, for the comparison with a reference.
     """
     ledger = Ledger()
-    rows = join_rated(read_rows(find_files(files), PAIR_COLUMNS))
+    # File by file, as in training: rated answers become the same pairs.
+    rows = chain.from_iterable(map(pair_preparation(tokenizer, length).read, find_files(files)))
     pairs = list(read_preferences(rows, tokenizer, length, ledger))
     print(f"preferences: {ledger.rows_kept:,} of {ledger.rows_read:,} pairs scored {dict(ledger.rows_dropped) or ''}")
     if not pairs:
@@ -41,7 +41,7 @@ def score_preferences(
         "preference_standard_error": standard_error(accuracy, len(pairs)),
         "preference_margin": fmean(margins),
         "num_pairs": len(pairs),
-        "num_pairs_dropped": ledger.rows_read - ledger.rows_kept,
+        "num_pairs_dropped": ledger.rows_dropped.total(),
         "pair_log_probs": log_probs,
     }
 

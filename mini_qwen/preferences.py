@@ -1,6 +1,7 @@
 """DPO data: pairs of answers in, token rows out, both sides ending in their stop token."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,11 +19,12 @@ from mini_qwen.files import DataKeys, find_files
 from mini_qwen.ledger import Ledger
 from mini_qwen.mixture import find_sources, read_phases
 from mini_qwen.rows import Row, check_columns, read_rows
-from mini_qwen.schemas import PAIR_COLUMNS, PAIRS, BadRow, join_rated, read_pair
+from mini_qwen.schemas import PAIR_COLUMNS, PAIRS, BadRow, read_pair
 from mini_qwen.shortening import fit_turns
 from mini_qwen.store import TokenStore
 
 PAIRS_AT_ONCE = 1000  # held in memory while the pairs are written
+LABELS = {"true": True, "1": True, "false": False, "0": False}  # as csv spells them
 
 
 @dataclass
@@ -50,6 +52,41 @@ class Pair(NamedTuple):
         return TokenRow(ids, np.arange(len(ids)) >= len(self.prompt_ids))
 
 
+def read_label(value: Any) -> bool | None:
+    """Whether an answer is rated good; None for what is no rating."""
+    if isinstance(value, str):
+        return LABELS.get(value.strip().lower())
+    return bool(value) if value in (True, False) else None
+
+
+def join_rated(rows: Iterable[Row]) -> Iterator[Row]:
+    """Make pairs of rated answers, `label` true or false, to one prompt (the form of KTO); other rows pass unchanged.
+
+    An answer waits in memory for one of the other label; those for which none comes are passed on at the end, with
+    that fault.
+    """
+    waiting: dict[str, list[Row]] = {}
+    for row in rows:
+        label = read_label(row.values.get("label"))
+        if row.fault or "chosen" in row.values or label is None:
+            yield row
+            continue
+        prompt, answer = row.values.get("prompt"), row.values.get("completion")
+        if answer is None and isinstance(row.values.get("messages"), list):
+            prompt, answer = row.values["messages"][:-1], row.values["messages"][-1:]
+        row = row._replace(values={**row.values, "messages": None, "prompt": prompt, "completion": answer})
+        same = waiting.setdefault(json.dumps([prompt, row.values.get("system")], sort_keys=True, default=str), [])
+        if not same or read_label(same[0].values["label"]) == label:
+            same.append(row)
+            continue
+        other = same.pop(0)
+        chosen, rejected = (row, other) if label else (other, row)
+        sides = {"chosen": chosen.values["completion"], "rejected": rejected.values["completion"]}
+        yield row._replace(values={"joined": True, "prompt": prompt, "system": row.values.get("system"), **sides})
+    for row in (row for same in waiting.values() for row in same):
+        yield row._replace(fault="no answer of the other label in its file")
+
+
 def read_preferences(
     rows: Iterator[Row] | list[Row], tokenizer: PreTrainedTokenizerBase, max_length: int, ledger: Ledger
 ) -> Iterator[Pair]:
@@ -68,6 +105,8 @@ def read_preferences(
             contents = encode_text(tokenizer, texts)
             end = np.uint32(tokenizer.eos_token_id)
             answers = [np.append(ids, end) for ids in encode_text(tokenizer, [chosen, rejected])]
+            if np.array_equal(*answers):  # texts that differ, as é in one character and in two
+                raise BadRow("chosen equals rejected")
             pair = Pair(encode_chat(tokenizer, turns, add_generation_prompt=True, contents=contents).ids, *answers)
             num_tokens = pair.num_tokens
             room = max_length - max(map(len, answers))

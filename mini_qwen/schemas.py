@@ -1,10 +1,8 @@
 """Schemas: the forms in which people keep conversations and pairs, read as turns."""
 
-import json
-from collections.abc import Iterable, Iterator
 from typing import Any
 
-from mini_qwen.rows import Fields, Row
+from mini_qwen.rows import Fields
 
 ROLES = {
     "human": "user",
@@ -91,19 +89,27 @@ def as_turns(value: Any, role: str, place: str) -> list[Turn]:
     return read_turns(value if isinstance(value, list | dict) else [{"role": role, "content": value}], place)
 
 
+def present(values: Fields) -> Fields:
+    """The columns that hold something: None is no value, and neither is NaN, which pandas writes for none."""
+    return {name: value for name, value in values.items() if value is not None and value == value}
+
+
+def read_column(values: Fields, name: str) -> str:
+    """The text of a column, "" where it has none. Raises BadRow for a number, a list, or the like."""
+    text = values.get(name, "")
+    if not isinstance(text, str):
+        raise BadRow(f"'{name}' that is not text")
+    return text
+
+
 def read_instruction(values: Fields) -> list[Any]:
     """The alpaca columns as raw turns: `system`, `history` (pairs of question and answer), `instruction` + `input`."""
     earlier = values.get("history") or []
     if not isinstance(earlier, list) or any(not isinstance(pair, list | tuple) or len(pair) != 2 for pair in earlier):
         raise BadRow("malformed history")
-    texts = [values.get("instruction"), values.get("input")]
-    question = "\n".join(text for text in texts if isinstance(text, str) and text)
-    turns = [
-        turn
-        for asked, answered in earlier
-        for turn in ({"role": "user", "content": asked}, {"role": "assistant", "content": answered})
-    ]
-    return [*turns, {"role": "user", "content": question}]
+    question = "\n".join(filter(None, (read_column(values, name) for name in ("instruction", "input"))))
+    spoken = [*(text for pair in earlier for text in pair), question]
+    return [{"role": "assistant" if at % 2 else "user", "content": text} for at, text in enumerate(spoken)]
 
 
 def read_prompt(values: Fields, place: str) -> list[Turn]:
@@ -111,27 +117,33 @@ def read_prompt(values: Fields, place: str) -> list[Turn]:
     prompt = values.get("prompt")
     if prompt is None:
         prompt = values.get("conversations") or values.get("messages")
-    if prompt is None and values.get("instruction") is not None:
+    if prompt is None and "instruction" in values:
         prompt = read_instruction(values)
     return as_turns(prompt, "user", place) if prompt else []
 
 
 def with_system(turns: list[Turn], values: Fields) -> list[Turn]:
     """With the `system` column as first turn, where the turns have none."""
-    system = values.get("system")
-    if not isinstance(system, str) or not system.strip() or (turns and turns[0]["role"] == "system"):
+    if turns and turns[0]["role"] == "system":
         return turns
-    return [{"role": "system", "content": read_text(system)}, *turns]
+    system = read_column(values, "system")
+    return [{"role": "system", "content": read_text(system)}, *turns] if system.strip() else turns
 
 
 def read_conversation(values: Fields, place: str) -> list[Turn]:
     """The turns of a row, as they come. Raises BadRow and SystemExit as `read_turns` does."""
+    values = present(values)
     check_tools(values)
     whole = values.get("conversations") or values.get("messages")  # of which `prompt` only repeats the first turn
-    turns = read_turns(whole, place) if whole else read_prompt(values, place)
-    for answer in ("completion", "output"):
-        if not whole and values.get(answer) is not None:
-            turns = turns + as_turns(values[answer], "assistant", place)
+    if whole:
+        return with_system(read_turns(whole, place), values)
+    if values.get("instruction") and values.get("output"):
+        # Beside them `prompt` may be the whole example in some template, with the answer, for the model to copy.
+        turns, answer = read_turns(read_instruction(values), place), values["output"]
+    else:
+        turns, answer = read_prompt(values, place), values.get("completion", values.get("output"))
+    if answer is not None:
+        turns = turns + as_turns(answer, "assistant", place)
     if not turns:
         raise BadRow("no turns")
     return with_system(turns, values)
@@ -152,49 +164,37 @@ def check_order(turns: list[Turn]) -> None:
         raise BadRow("turns out of order")
 
 
+def longer_prompt(values: Fields, asked: list[Turn], place: str) -> list[Turn]:
+    """The turns before an answer, of which `asked` stand in both sides; `prompt` may hold more of them, or fewer.
+
+    Raises BadRow where it is another prompt.
+    """
+    if not asked:
+        return read_prompt(values, place)
+    prompt = as_turns(values["prompt"], "user", place) if values.get("prompt") else []
+    own, sides = ([(turn["role"], turn["content"].strip()) for turn in turns] for turns in (prompt, asked))
+    if own[-len(sides) :] == sides:
+        return asked if len(own) == len(sides) else prompt
+    if own not in (sides[: len(own)], sides[len(sides) - len(own) :]):
+        raise BadRow("'prompt' that is not the one in chosen and rejected")
+    return asked
+
+
 def read_pair(values: Fields, place: str) -> tuple[list[Turn], str, str]:
     """Prompt turns, chosen answer, rejected answer. The prompt stands in columns of its own, in both sides, or both.
 
-    Raises BadRow: an answer is missing or empty, both are the same, the sides have different prompts, or the prompt
-    is none.
+    Raises BadRow: an answer is missing or empty, the sides have different prompts, `prompt` is another one than
+    theirs, or there is none.
     """
+    values = present(values)
     check_tools(values)
     chosen, rejected = (as_turns(values.get(side), "assistant", place) for side in ("chosen", "rejected"))
     if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
         raise BadRow("last turn is not an answer")
     if chosen[:-1] != rejected[:-1]:
         raise BadRow("different prompts in chosen and rejected")
-    if chosen[-1] == rejected[-1]:
-        raise BadRow("chosen equals rejected")
-    turns = with_system(chosen[:-1] or read_prompt(values, place), values)
+    turns = with_system(longer_prompt(values, chosen[:-1], place), values)
     if not turns or turns[-1]["role"] != "user":
         raise BadRow("prompt does not end with a question")
     check_order([*turns, chosen[-1]])
     return turns, chosen[-1]["content"], rejected[-1]["content"]
-
-
-def join_rated(rows: Iterable[Row]) -> Iterator[Row]:
-    """Make pairs of rated answers, `label` true or false, to one prompt (the form of KTO); other rows pass unchanged.
-
-    An answer waits in memory for one of the other label; those for which none comes are passed on at the end, with
-    that fault.
-    """
-    waiting: dict[str, list[Row]] = {}
-    for row in rows:
-        if row.fault or "chosen" in row.values or row.values.get("label") not in (True, False):
-            yield row
-            continue
-        prompt, answer = row.values.get("prompt"), row.values.get("completion")
-        if answer is None and isinstance(row.values.get("messages"), list):
-            prompt, answer = row.values["messages"][:-1], row.values["messages"][-1:]
-        row = row._replace(values={**row.values, "messages": None, "prompt": prompt, "completion": answer})
-        same = waiting.setdefault(json.dumps([prompt, row.values.get("system")], sort_keys=True, default=str), [])
-        if not same or same[0].values["label"] == row.values["label"]:
-            same.append(row)
-            continue
-        other = same.pop(0)
-        chosen, rejected = (row, other) if row.values["label"] else (other, row)
-        sides = {"chosen": chosen.values["completion"], "rejected": rejected.values["completion"]}
-        yield row._replace(values={"joined": True, "prompt": prompt, "system": row.values.get("system"), **sides})
-    for row in (row for same in waiting.values() for row in same):
-        yield row._replace(fault="no answer of the other label")

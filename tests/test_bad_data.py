@@ -183,6 +183,10 @@ def talk(*turns: Any) -> dict[str, Any]:
     return {"messages": list(turns)}
 
 
+def alpaca(given: Any, **more: Any) -> dict[str, Any]:
+    return {"instruction": "Where?", "input": given, "output": "Near the river."} | more
+
+
 def among(*bad: Any, **more: Any) -> Case:
     """Conversations among good ones; a case of their drop, or of what becomes of the first."""
     return Case({"bad.jsonl": around(list(bad), TALK)}, num_bad=len(bad), **more)
@@ -233,6 +237,14 @@ SFT = {
     "an empty answer": among(talk(QUESTION, {"role": "assistant", "content": ""})),
     "null as content": among(talk(QUESTION, {"role": "assistant", "content": None})),
     "a number as content": among(talk({"role": "user", "content": 5}, ANSWER)),
+    "a number or a list as alpaca input": among(alpaca(7), alpaca(["b", "a"])),
+    "a list as alpaca instruction": among(alpaca("", instruction=["Sort", "this"])),
+    "an object as system column": among(alpaca("", system={"role": "system"})),
+    "NaN as alpaca input": among(alpaca(float("nan")), holds=reads(PLAIN, "Near the river.<|im_end|>")),
+    "alpaca with the whole example as prompt": among(
+        alpaca("", prompt="### Instruction: Where? ### Response: Near the river."),
+        holds=reads(PLAIN, "Near the river.<|im_end|>"),
+    ),
     "no turns in the list": among(talk(), {"messages": None}),
     "a turn that is no object": among(talk("Where?", "Near the river.")),
     "an image among the parts": among(talk({"role": "user", "content": [{"type": "image", "url": "x"}]}, ANSWER)),
@@ -291,6 +303,8 @@ SFT = {
 }
 
 YES, NO = {"role": "assistant", "content": "Yes."}, {"role": "assistant", "content": "No."}
+MORE = [[SYSTEM], [QUESTION, NO]]  # before the question
+RATED = [{"prompt": "Where?", "completion": text, "label": text == "Yes."} for text in ("Yes.", "No.")]
 PAIR = {"prompt": "Where?", "chosen": [QUESTION, ANSWER], "rejected": [QUESTION, NO]}
 
 
@@ -318,6 +332,17 @@ DPO = {
         ),
     ),
     "chosen equals rejected": among_pairs(pair([QUESTION, YES], [QUESTION, YES]), pair("a", "a")),
+    "sides of the same tokens": among_pairs(pair("caf\u00e9", "cafe\u0301")),
+    "a prompt with a system turn or earlier turns that the sides lack": Case(
+        {"odd.jsonl": [pair([QUESTION, YES], [QUESTION, NO], prompt=[*more, QUESTION]) for more in MORE]},
+        holds=lambda outcome: (
+            outcome.seen[0] == f"<|im_start|>system\nBe brief.<|im_end|>\n{OPENING}Yes.<|im_end|>"
+            and outcome.seen[2] == f"{OPENING}No.<|im_end|>\n{OPENING}Yes.<|im_end|>"
+        ),
+    ),
+    "a prompt that is another one than the sides have": among_pairs(
+        pair([QUESTION, YES], [QUESTION, NO], prompt="When?")
+    ),
     "sides that differ only behind max_length": among_pairs(pair(f"{LONG_TEXT} yes", f"{LONG_TEXT} no")),
     "a prompt longer than max_length": Case(
         {"odd.jsonl": [pair("Near the river.", "No.", prompt=f"First {LONG_TEXT} last.")]},
@@ -346,6 +371,20 @@ DPO = {
                 {"prompt": "Where?", "completion": "No.", "label": False},
             ]
         },
+        holds=lambda outcome: (
+            outcome.trained == ["Yes.<|im_end|>", "No.<|im_end|>"] and outcome.ledger.rows_joined == 1
+        ),
+    ),
+    "rated answers to one prompt in two files": Case(
+        {
+            "bad.jsonl": [RATED[0], RATED[1], RATED[0]],
+            "more.jsonl": [RATED[1], RATED[0], RATED[1]],
+        },
+        num_bad=2,
+        names=["bad.jsonl, row 2"],
+    ),
+    "labels as text, in csv": Case(
+        {"odd.csv": RATED},
         holds=lambda outcome: (
             outcome.trained == ["Yes.<|im_end|>", "No.<|im_end|>"] and outcome.ledger.rows_joined == 1
         ),

@@ -95,6 +95,27 @@ def test_the_histogram_is_of_the_rows_before_they_are_shortened(check: Any, writ
     assert "max_length 100: 1 longer (50.0%)" in said
 
 
+def test_pairs_that_are_only_scored_are_looked_at_too(check: Any, write_rows: WriteRows) -> None:
+    good = {"prompt": "Where?", "chosen": "Near.", "rejected": "No."}
+    file = write_rows("train.jsonl", [good] * 3)
+    said = check("dpo", file, "--test_files", str(write_rows("test.jsonl", [good] * 2)))
+    assert "3 kept" in said and "test:   2 kept of the first 2 of test_files" in said
+    bad = write_rows("bad.jsonl", [good, good | {"rejected": "Near."}])
+    with pytest.raises(SystemExit, match=r"would stop: 50\.0% of these rows are dropped"):
+        check("dpo", file, "--test_files", str(bad))
+    with pytest.raises(SystemExit, match=r"other\.jsonl lacks the column"):
+        check("dpo", file, "--test_files", str(write_rows("other.jsonl", [{"text": "x"}])))
+
+
+def test_files_of_other_kinds_are_counted(check: Any, write_rows: WriteRows, tmp_path: Path) -> None:
+    file = write_rows("data/rows.jsonl", [{"text": text} for text in toy_texts()])
+    assert "unread:" not in check("pt", file.parent)
+    for name in ("more.jsonl.bz2", "deep/more.bz2", "README.md"):
+        (file.parent / name).parent.mkdir(exist_ok=True)
+        (file.parent / name).write_bytes(b"x")
+    assert "unread: 2 .bz2, 1 .md (no data files)" in check("pt", file.parent)
+
+
 def test_a_tokenizer_that_is_not_there_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit, match=r"takes its tokenizer from 'results/nothing'.*--tokenizer PATH"):

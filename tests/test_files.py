@@ -9,11 +9,22 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import WriteRows, save_bytes, save_rows
 
-from mini_qwen.files import KINDS, check_content, count_rows, describe_damage, find_files, kind, open_bytes
+from mini_qwen.files import (
+    KINDS,
+    check_content,
+    count_rows,
+    count_unread,
+    describe_damage,
+    find_files,
+    kind,
+    open_bytes,
+)
+from mini_qwen.mixture import find_sources
 from mini_qwen.rows import Row, check_columns, read_rows
 
 COMPRESSED = ["", ".gz", ".zst"]
 TEXTS = ["猫 and 🙂", '"quoted", with a comma', "tab\there", "x\u2028y", "0123", "end "]
+ROWS = [{"text": "a"}, {"text": "b"}]
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 12345\n"
 PAGE = b"<!DOCTYPE html><html><body>404</body></html>"
 
@@ -91,6 +102,52 @@ def test_folders_are_searched_in_a_fixed_order_and_files_taken_once(write_rows: 
     found = find_files([str(tmp_path / "data"), str(files[0]), str(tmp_path / "data/a")])
     assert sorted(found) == sorted(files)
     assert found == find_files([str(tmp_path / "data")])
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix"),
+    [("B.JSONL", ".jsonl"), ("b.Parquet", ".parquet"), ("c.ndjson", ".jsonl"), ("D.CSV.GZ", ".csv")]
+    + [("e.NDJSON.Zst", ".jsonl"), ("f.TXT", ".txt")],
+)
+def test_names_in_capitals_and_of_other_habits_are_read_like_others(tmp_path: Path, name: str, suffix: str) -> None:
+    written = save_rows(tmp_path / f"rows{suffix}{Path(name).suffix.lower() if name.count('.') == 2 else ''}", ROWS)
+    (tmp_path / "data").mkdir()
+    file = written.rename(tmp_path / "data" / name)
+    assert find_files([str(tmp_path / "data")]) == find_files([str(file)]) == [file]
+    assert kind(file) == suffix
+    check_columns([file], [["text"]])
+    assert [row.values for row in read_rows([file], ["text"])] == ROWS
+
+
+def test_links_to_folders_are_followed_and_a_circle_ends(write_rows: WriteRows, tmp_path: Path) -> None:
+    """A big disk is often linked into the data folder; the files keep the name under the link."""
+    here, there = write_rows("data/a.jsonl", ROWS), write_rows("disk/pt/b.jsonl", ROWS)
+    (tmp_path / "data/pt").symlink_to(tmp_path / "disk/pt")
+    (tmp_path / "data/up").symlink_to(tmp_path / "data")
+    (tmp_path / "disk/pt/back").symlink_to(tmp_path)
+    found = find_files([str(tmp_path / "data")])
+    assert found == [here, tmp_path / "data/pt/b.jsonl"]
+    assert found[1].resolve() == there
+
+
+def test_a_file_that_has_two_names_is_taken_once_under_the_first(write_rows: WriteRows, tmp_path: Path) -> None:
+    file = write_rows("data/a.jsonl", ROWS)
+    (tmp_path / "data/z.jsonl").symlink_to(file)
+    assert find_files([str(tmp_path / "data")]) == [file]
+    assert find_files([str(tmp_path / "data/z.jsonl"), str(file)]) == [tmp_path / "data/z.jsonl"]
+    assert find_sources([{str(tmp_path / "data"): 1.0}]) == {str(tmp_path / "data"): [file]}
+
+
+def test_files_that_are_not_read_are_counted_by_the_end_of_their_name(write_rows: WriteRows, tmp_path: Path) -> None:
+    """Also a link to a file that is gone; nothing that is hidden, and no file outside of the folders."""
+    write_rows("data/a.jsonl", ROWS)
+    for name in ("README.md", "b.bz2", "deep/c.bz2", "deep/LICENSE", ".git/config", "deep/.x.bz2", "../apart.npy"):
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / name).write_bytes(b"x")
+    (tmp_path / "data/gone.parquet").symlink_to(tmp_path / "nowhere")
+    counted = count_unread([str(tmp_path / "data"), str(tmp_path / "data/a.jsonl")])
+    assert counted == {".md": 1, ".bz2": 2, "LICENSE": 1, ".parquet": 1}
+    assert find_files([str(tmp_path / "data")]) == [tmp_path / "data/a.jsonl"]
 
 
 def test_hidden_above_the_folder_that_is_named_does_not_matter(write_rows: WriteRows, tmp_path: Path) -> None:

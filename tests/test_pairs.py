@@ -101,3 +101,13 @@ def test_a_pair_turned_round_has_the_other_sign(
     assert [sides[::-1] for sides in two["pair_log_probs"]] == [
         pytest.approx(sides, rel=1e-5) for sides in one["pair_log_probs"]
     ]
+
+
+def test_rated_answers_are_joined_file_by_file_as_in_training(
+    uniform: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, write_rows: WriteRows
+) -> None:
+    rated = [{"prompt": "Where?", "completion": text, "label": text == "Near."} for text in ("Near.", "No.")]
+    both = write_rows("both.jsonl", rated)
+    apart = [write_rows(f"{number}.jsonl", [row]) for number, row in enumerate(rated)]
+    found = score_preferences(uniform, tokenizer, [str(file) for file in (both, *apart)], 64)
+    assert (found["num_pairs"], found["num_pairs_dropped"]) == (1, 2)

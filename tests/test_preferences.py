@@ -6,16 +6,23 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import WriteRows
+from conftest import WriteRows, save_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from mini_qwen import chat, encoding, preferences
 from mini_qwen.ledger import SHORTENED, Ledger
-from mini_qwen.preferences import Pair, PreferenceData, encode_preferences, prepare_preferences, read_preferences
+from mini_qwen.preferences import (
+    Pair,
+    PreferenceData,
+    encode_preferences,
+    join_rated,
+    prepare_preferences,
+    read_preferences,
+)
 from mini_qwen.rows import Row
-from mini_qwen.schemas import Turn
+from mini_qwen.schemas import Turn, read_pair
 from mini_qwen.shortening import MIN_PROMPT, TOO_LONG
 from mini_qwen.tokenizer import train_tokenizer
 
@@ -344,3 +351,118 @@ def test_pairs_may_have_a_label_of_their_own(
     data = PreferenceData([str(write_rows("pairs.jsonl", [row]))], cache_dir=str(tmp_path / "cache"))
     _, _, ledger = prepare_preferences(data, tokenizer, 64)
     assert (ledger.rows_kept, ledger.rows_joined) == (1, 0)
+
+
+def rated(prompt: Any, completion: str, label: Any, **more: Any) -> dict[str, Any]:
+    return {"prompt": prompt, "completion": completion, "label": label, **more}
+
+
+def joined(values: list[dict[str, Any]]) -> list[Any]:
+    """Of each row that comes out, the pair of answers, or its number and fault."""
+    return [
+        (row.number, row.fault) if row.fault else (row.values["chosen"], row.values["rejected"])
+        for row in join_rated(as_rows(values))
+    ]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_good_answer_is_chosen_whichever_comes_first(first: bool) -> None:
+    values = [rated("q", "yes", True), rated("q", "no", False)]
+    assert joined(values if first else values[::-1]) == [("yes", "no")]
+
+
+def test_answers_wait_for_one_of_the_other_label() -> None:
+    """In the order in which they came; other prompts may lie in between, and those left over say so at the end."""
+    values = [rated("q", "good 1", True), rated("p", "bad p", False), rated("q", "good 2", True)]
+    values += [rated("q", "bad 1", False), rated("q", "good 3", True), rated("q", "bad 2", False)]
+    left_over = "no answer of the other label in its file"
+    assert joined(values) == [("good 1", "bad 1"), ("good 2", "bad 2"), (4, left_over), (1, left_over)]
+
+
+def test_the_same_question_under_another_system_prompt_is_another() -> None:
+    values = [rated("q", "yes", True, system="a"), rated("q", "no", False, system="b"), rated("q", "no", False)]
+    assert joined(values) == [(number, "no answer of the other label in its file") for number in range(3)]
+
+
+def test_rated_conversations_are_joined_by_all_turns_before_the_last() -> None:
+    values = [
+        {"messages": [*HISTORY, answer("yes")], "label": True},
+        {"messages": [USER, answer("no")], "label": False},
+    ]
+    values.append({"messages": [*HISTORY, answer("no")], "label": False})
+    pair, alone = join_rated(as_rows(values))
+    assert read_pair(pair.values, "here") == (HISTORY, "yes", "no")
+    assert (alone.number, alone.fault) == (1, "no answer of the other label in its file")
+
+
+def test_rows_that_are_pairs_already_pass_as_they_are() -> None:
+    """Also with a label that is no rating; and a row that could not be read keeps its own fault."""
+    rows = as_rows([numbered_pair(1), numbered_pair(2) | {"label": {"score": 1}}])
+    rows.append(Row(Path("a.parquet"), 2, {}, "not valid JSON"))
+    assert list(join_rated(rows)) == rows
+
+
+RATED = st.builds(rated, st.sampled_from(["p", "q", "r"]), st.sampled_from(["yes", "no", "maybe"]), st.booleans())
+
+
+@given(values=st.lists(RATED, max_size=30))
+def test_every_answer_is_in_one_pair_or_left_over(values: list[dict[str, Any]]) -> None:
+    found = list(join_rated(as_rows(values)))
+    pairs, left = [row.values for row in found if not row.fault], [row.values for row in found if row.fault]
+    sides = [(row["prompt"], row["chosen"], True) for row in pairs]
+    sides += [(row["prompt"], row["rejected"], False) for row in pairs]
+    sides += [(row["prompt"], row["completion"], row["label"]) for row in left]
+    assert sorted(sides) == sorted((row["prompt"], row["completion"], row["label"]) for row in values)
+    assert all(len({row["label"] for row in left if row["prompt"] == prompt}) < 2 for prompt in "pqr")
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".json.gz"])
+@pytest.mark.parametrize("turns", [False, True])
+def test_rated_answers_are_in_the_ledger(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, suffix: str, turns: bool
+) -> None:
+    """4 answers are 2 pairs; of the next two the sides are equal; the last one has no counterpart."""
+    values = [rated(f"q {n}", f"{'good' if good else 'bad'} {n}", good) for n in range(2) for good in (True, False)]
+    values += [rated("same", "answer", True), rated("same", "answer", False), rated("alone", "answer", False)]
+    if turns:
+        values = [
+            {"messages": [USER | {"content": row["prompt"]}, answer(row["completion"])]} | {"label": row["label"]}
+            for row in values
+        ]
+    file = save_rows(tmp_path / f"rows{suffix}", values)
+    pairs, _, ledger = prepare_preferences(keys([file], tmp_path / "cache", max_drop_share=0.4), tokenizer, 100)
+    assert [tokenizer.decode(pair["chosen_ids"]) for pair in pairs] == ["good 0<|im_end|>", "good 1<|im_end|>"]
+    assert [tokenizer.decode(pair["rejected_ids"]) for pair in pairs] == ["bad 0<|im_end|>", "bad 1<|im_end|>"]
+    assert (ledger.rows_read, ledger.rows_kept, ledger.rows_joined) == (7, 2, 3)
+    assert ledger.rows_dropped == {"chosen equals rejected": 1, "no answer of the other label in its file": 1}
+    assert ledger.first_places["no answer of the other label in its file"] == f"{file}, row 6"
+
+
+@pytest.mark.parametrize(("good", "bad"), [("True", "False"), ("true", " FALSE"), ("1", "0"), (1, 0), (1.0, False)])
+def test_labels_as_csv_spells_them(good: Any, bad: Any) -> None:
+    assert joined([rated("q", "no", bad), rated("q", "yes", good)]) == [("yes", "no")]
+
+
+def test_rated_answers_of_a_csv_are_joined(
+    tokenizer: PreTrainedTokenizerBase, write_rows: WriteRows, tmp_path: Path
+) -> None:
+    values = [rated(f"q {n}", f"{'good' if good else 'bad'} {n}", good) for n in range(2) for good in (True, False)]
+    file = write_rows("rows.csv", values)
+    pairs, _, ledger = prepare_preferences(keys([file], tmp_path / "cache"), tokenizer, 100)
+    assert [tokenizer.decode(pair["chosen_ids"]) for pair in pairs] == ["good 0<|im_end|>", "good 1<|im_end|>"]
+    assert (ledger.rows_read, ledger.rows_kept, ledger.rows_joined) == (4, 2, 2)
+
+
+def test_answers_in_two_files_are_not_joined_and_the_reason_says_so(
+    tokenizer: PreTrainedTokenizerBase, write_rows: WriteRows, tmp_path: Path
+) -> None:
+    files = [write_rows(f"{good}.jsonl", [rated("q", "answer", good)]) for good in (True, False)]
+    with pytest.raises(SystemExit, match=r"No row is left .*2 no answer of the other label in its file"):
+        prepare_preferences(keys(files, tmp_path / "cache"), tokenizer, 100)
+
+
+def test_sides_of_the_same_tokens_are_equal(tokenizer: PreTrainedTokenizerBase) -> None:
+    """The tokenizer writes é of two characters as one; the gradient of such a pair is zero."""
+    sides = {"chosen": "caf\u00e9", "rejected": "cafe\u0301"}
+    pairs, ledger = read(tokenizer, [{"prompt": "q", **sides}, numbered_pair(1)], 100)
+    assert (len(pairs), ledger.rows_dropped, ledger.tokens_dropped) == (1, {"chosen equals rejected": 1}, {})

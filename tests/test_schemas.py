@@ -6,14 +6,11 @@ from typing import Any
 
 import pytest
 from conftest import save_rows
-from hypothesis import given
-from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from mini_qwen.conversations import ConversationData, prepare_conversations
 from mini_qwen.preferences import PreferenceData, prepare_preferences
-from mini_qwen.rows import Row
-from mini_qwen.schemas import BadRow, check_order, join_rated, read_conversation, read_pair, read_turns
+from mini_qwen.schemas import BadRow, check_order, read_conversation, read_pair, read_turns
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 USER = {"role": "user", "content": "Where?"}
@@ -94,6 +91,19 @@ CONVERSATIONS: dict[str, tuple[dict[str, Any], list[dict[str, str]]]] = {
         },
         [SYSTEM, *EARLIER, USER, ANSWER],
     ),
+    "alpaca beside a prompt that holds the whole example": (
+        {"instruction": "Where?", "input": "", "output": "Near the river.", "completion": "elsewhere"}
+        | {"prompt": "### Instruction: Where? ### Output: Near the river."},
+        [USER, ANSWER],
+    ),
+    "prompt and completion beside an output of something else": (
+        {"prompt": "Where?", "completion": "Near the river.", "output": "Who knows."},
+        [USER, ANSWER],
+    ),
+    "prompt and completion beside empty alpaca columns": (
+        {"prompt": "Where?", "completion": "Near the river.", "instruction": "", "output": ""},
+        [USER, ANSWER],
+    ),
     "alpaca with an empty history": (
         {"instruction": "Where?", "input": "", "output": "Near the river.", "history": [], "system": ""},
         [USER, ANSWER],
@@ -136,11 +146,43 @@ PAIRS: dict[str, tuple[dict[str, Any], list[dict[str, str]]]] = {
         {"prompt": "Where?", "messages": [USER, ANSWER], "chosen": [USER, ANSWER], "rejected": [USER, WORSE]},
         [USER],
     ),
+    "a prompt of turns with a system turn that the sides lack": (
+        {"prompt": [SYSTEM, USER], "chosen": [USER, ANSWER], "rejected": [USER, WORSE]},
+        [SYSTEM, USER],
+    ),
+    "a prompt of turns with earlier ones that the sides lack": (
+        {"prompt": [*EARLIER, USER], "chosen": [USER, ANSWER], "rejected": [USER, WORSE]},
+        [*EARLIER, USER],
+    ),
+    "a prompt of the last question, sides with all turns": (
+        {
+            "prompt": " Where?\n",
+            "chosen": [SYSTEM, *EARLIER, USER, ANSWER],
+            "rejected": [SYSTEM, *EARLIER, USER, WORSE],
+        },
+        [SYSTEM, *EARLIER, USER],
+    ),
+    "a prompt of the first question, sides with all turns": (
+        {"prompt": "Hi.", "chosen": [*EARLIER, USER, ANSWER], "rejected": [*EARLIER, USER, WORSE]},
+        [*EARLIER, USER],
+    ),
     "parts": (
         {"prompt": parts([USER], "text"), "chosen": parts([ANSWER], "text"), "rejected": parts([WORSE], "text")},
         [USER],
     ),
 }
+
+
+@pytest.mark.parametrize("none", [None, float("nan")])
+def test_none_and_nan_are_no_value(none: float | None) -> None:
+    """NaN is what pandas writes for none, in columns of text too."""
+    others = dict.fromkeys(("conversations", "history", "system", "tools"), none)
+    alpaca = {"instruction": "Where?", "input": none, "output": "Near the river.", "prompt": none, "completion": none}
+    assert read_conversation(alpaca | others, "here") == [USER, ANSWER]
+    asked = {"prompt": "Where?", "completion": "Near the river.", "instruction": none, "output": none}
+    assert read_conversation(asked | others, "here") == [USER, ANSWER]
+    pair = {"prompt": none, "chosen": [USER, ANSWER], "rejected": [USER, WORSE]}
+    assert read_pair(pair | others, "here") == ([USER], ANSWER["content"], WORSE["content"])
 
 
 @pytest.mark.parametrize("form", CONVERSATIONS)
@@ -219,6 +261,7 @@ BAD_CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
         {"instruction": "", "input": "", "output": "a"},
         {"instruction": "q", "input": "", "output": " "},
         {"instruction": "q", "output": "a", "history": [["q", None]]},
+        {"instruction": "q", "output": 7},
         {"prompt": "q", "completion": ""},
     ],
     "a turn with parts that are not text": [
@@ -234,6 +277,17 @@ BAD_CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
     "malformed history": [
         {"instruction": "q", "output": "a", "history": "earlier"},
         {"instruction": "q", "output": "a", "history": [["only a question"]]},
+    ],
+    "'instruction' that is not text": [{"instruction": ["Sort", "this"], "output": "a"}],
+    "'input' that is not text": [
+        {"instruction": "Square the number", "input": 7, "output": "49"},
+        {"instruction": "Sort", "input": ["b", "a"], "output": "a b"},
+        {"instruction": "Sort", "input": {"first": "b"}, "output": "a b"},
+        {"instruction": "Is it so?", "input": False, "output": "no"},
+    ],
+    "'system' that is not text": [
+        {"instruction": "q", "output": "a", "system": {"role": "system"}},
+        {"messages": [USER, ANSWER], "system": 5},
     ],
     "no answer": [
         {"messages": [USER]},
@@ -252,11 +306,17 @@ BAD_CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
     ],
 }
 BAD_PAIRS: dict[str, list[dict[str, Any]]] = {
-    "chosen equals rejected": [{"prompt": "q", "chosen": "yes", "rejected": [{"from": "gpt", "value": "yes"}]}],
     "different prompts in chosen and rejected": [
         {"chosen": [USER, ANSWER], "rejected": [EARLIER[0], WORSE]},
         {"prompt": "q", "chosen": [USER, ANSWER], "rejected": [WORSE]},
     ],
+    "'prompt' that is not the one in chosen and rejected": [
+        {"prompt": "When?", "chosen": [USER, ANSWER], "rejected": [USER, WORSE]},
+        {"prompt": [*EARLIER, USER], "chosen": [EARLIER[0], ANSWER], "rejected": [EARLIER[0], WORSE]},
+        {"prompt": [SYSTEM, USER], "chosen": [*EARLIER, USER, ANSWER], "rejected": [*EARLIER, USER, WORSE]},
+    ],
+    "'instruction' that is not text": [{"instruction": 5, "chosen": "yes", "rejected": "no"}],
+    "'system' that is not text": [{"system": ["x"], "prompt": "q", "chosen": "yes", "rejected": "no"}],
     "empty turn": [
         {"prompt": "q", "chosen": "yes", "rejected": [{"role": "assistant", "content": " "}]},
         {"prompt": "q", "chosen": "", "rejected": "no"},
@@ -335,91 +395,3 @@ def test_unknown_role_names_file_row_and_role(key: str, content: str, role: Any)
         read_turns([USER, {key: role, content: "text"}], "rows.parquet, row 7")
     for part in ("rows.parquet, row 7", "unknown role", repr(role), "human, user, gpt", "map or remove"):
         assert part in str(error.value)
-
-
-def rated(prompt: Any, answer: str, label: bool, **more: Any) -> dict[str, Any]:
-    return {"prompt": prompt, "completion": answer, "label": label, **more}
-
-
-def as_rows(values: list[dict[str, Any]]) -> list[Row]:
-    return [Row(Path("rated.jsonl"), number, row) for number, row in enumerate(values)]
-
-
-def joined(values: list[dict[str, Any]]) -> list[Any]:
-    """Of each row that comes out, the pair of answers, or its number and fault."""
-    return [
-        (row.number, row.fault) if row.fault else (row.values["chosen"], row.values["rejected"])
-        for row in join_rated(as_rows(values))
-    ]
-
-
-@pytest.mark.parametrize("first", [True, False])
-def test_the_good_answer_is_chosen_whichever_comes_first(first: bool) -> None:
-    values = [rated("q", "yes", True), rated("q", "no", False)]
-    assert joined(values if first else values[::-1]) == [("yes", "no")]
-
-
-def test_answers_wait_for_one_of_the_other_label() -> None:
-    """In the order in which they came; other prompts may lie in between, and those left over say so at the end."""
-    values = [rated("q", "good 1", True), rated("p", "bad p", False), rated("q", "good 2", True)]
-    values += [rated("q", "bad 1", False), rated("q", "good 3", True), rated("q", "bad 2", False)]
-    left_over = "no answer of the other label"
-    assert joined(values) == [("good 1", "bad 1"), ("good 2", "bad 2"), (4, left_over), (1, left_over)]
-
-
-def test_the_same_question_under_another_system_prompt_is_another() -> None:
-    values = [rated("q", "yes", True, system="a"), rated("q", "no", False, system="b"), rated("q", "no", False)]
-    assert joined(values) == [(number, "no answer of the other label") for number in range(3)]
-
-
-def test_rated_conversations_are_joined_by_all_turns_before_the_last() -> None:
-    values = [{"messages": [*EARLIER, USER, ANSWER], "label": True}, {"messages": [USER, WORSE], "label": False}]
-    values.append({"messages": [*EARLIER, USER, WORSE], "label": False})
-    pair, alone = join_rated(as_rows(values))
-    assert read_pair(pair.values, "here") == ([*EARLIER, USER], ANSWER["content"], WORSE["content"])
-    assert (alone.number, alone.fault) == (1, "no answer of the other label")
-
-
-def test_rows_that_are_pairs_already_pass_as_they_are() -> None:
-    """Also with a label that is no rating; and a row that could not be read keeps its own fault."""
-    rows = as_rows([PAIRS["a prompt of turns"][0], PAIRS["alpaca"][0] | {"label": {"score": 1}}])
-    rows.append(Row(Path("rated.jsonl"), 2, {}, "not valid JSON"))
-    assert list(join_rated(rows)) == rows
-
-
-RATED = st.builds(rated, st.sampled_from(["p", "q", "r"]), st.sampled_from(["yes", "no", "maybe"]), st.booleans())
-
-
-@given(values=st.lists(RATED, max_size=30))
-def test_every_answer_is_in_one_pair_or_left_over(values: list[dict[str, Any]]) -> None:
-    found = list(join_rated(as_rows(values)))
-    pairs, left = [row.values for row in found if not row.fault], [row.values for row in found if row.fault]
-    sides = [(row["prompt"], row["chosen"], True) for row in pairs]
-    sides += [(row["prompt"], row["rejected"], False) for row in pairs]
-    sides += [(row["prompt"], row["completion"], row["label"]) for row in left]
-    assert sorted(sides) == sorted((row["prompt"], row["completion"], row["label"]) for row in values)
-    assert all(len({row["label"] for row in left if row["prompt"] == prompt}) < 2 for prompt in "pqr")
-
-
-@pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".json.gz"])
-@pytest.mark.parametrize("turns", [False, True])
-def test_rated_answers_are_in_the_ledger(
-    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, suffix: str, turns: bool
-) -> None:
-    """4 answers are 2 pairs; of the next two the sides are equal; the last one has no counterpart."""
-    values = [rated(f"q {n}", f"{'good' if good else 'bad'} {n}", good) for n in range(2) for good in (True, False)]
-    values += [rated("same", "answer", True), rated("same", "answer", False), rated("alone", "answer", False)]
-    if turns:
-        values = [
-            {"messages": [USER | {"content": row["prompt"]}, ANSWER | {"content": row["completion"]}]}
-            | {"label": row["label"]}
-            for row in values
-        ]
-    file = save_rows(tmp_path / f"rows{suffix}", values)
-    data = PreferenceData(train_files=[str(file)], cache_dir=str(tmp_path / "cache"), max_drop_share=0.4)
-    pairs, _, ledger = prepare_preferences(data, tokenizer, 100)
-    assert [tokenizer.decode(pair["chosen_ids"]) for pair in pairs] == ["good 0<|im_end|>", "good 1<|im_end|>"]
-    assert [tokenizer.decode(pair["rejected_ids"]) for pair in pairs] == ["bad 0<|im_end|>", "bad 1<|im_end|>"]
-    assert (ledger.rows_read, ledger.rows_kept, ledger.rows_joined) == (7, 2, 3)
-    assert ledger.rows_dropped == {"chosen equals rejected": 1, "no answer of the other label": 1}
-    assert ledger.first_places["no answer of the other label"] == f"{file}, row 6"

@@ -5,11 +5,12 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-from conftest import QWEN_TOKENIZER, toy_texts
+from conftest import QWEN_TOKENIZER, ROOT, WriteRows, toy_texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+import mini_qwen_tokenizer
 from mini_qwen import encoding
 from mini_qwen.chat import TEMPLATE
 from mini_qwen.tokenizer import (
@@ -96,6 +97,37 @@ def test_vocabulary_has_exactly_the_size_asked_for(vocab_size: int) -> None:
     tokenizer = train_tokenizer(toy_texts(), vocab_size)
     assert len(tokenizer) == vocab_size
     assert sorted(tokenizer.get_vocab().values()) == list(range(vocab_size))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--eval_rows", "40"], r"eval_rows is 40, but 40 documents are all there are: none is left to learn from"),
+        (["--eval_rows", "1000"], r"eval_rows is 1,000, but 40 documents"),
+        (["--eval_rows", "-1"], r"eval_rows is -1;.* 0 or more"),
+        (["--max_rows", "0"], r"max_rows is 0;.* 1 or more"),
+    ],
+)
+def test_learning_from_no_documents_is_refused(
+    write_rows: WriteRows, tmp_path: Path, words: list[str], message: str
+) -> None:
+    file = write_rows("rows.jsonl", [{"text": text} for text in toy_texts()])
+    out = tmp_path / "tokenizer"
+    config = str(ROOT / "recipes/demo/tokenizer.yaml")
+    words = ["--config", config, "--train_files", str(file), "--output_dir", str(out), "--vocab_size", "300", *words]
+    with pytest.raises(SystemExit, match=message):
+        mini_qwen_tokenizer.main(words)
+    assert not out.exists()
+
+
+def test_all_documents_but_the_unseen_are_learnt_from(
+    write_rows: WriteRows, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_rows("rows.jsonl", [{"text": text} for text in toy_texts()])
+    config = str(ROOT / "recipes/demo/tokenizer.yaml")
+    words = ["--config", config, "--train_files", str(file), "--output_dir", str(tmp_path / "tokenizer")]
+    mini_qwen_tokenizer.main([*words, "--vocab_size", "300", "--eval_rows", "39", "--compare_with", "nowhere"])
+    assert "learnt from 1 documents" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("vocab_size", [258, 3, 0])

@@ -93,6 +93,20 @@ def test_unreadable_files_are_named_with_the_reason(tmp_path: Path, name: str, c
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+def test_half_a_character_pair_is_shown_as_it_is_spelt(tmp_path: Path) -> None:
+    (tmp_path / "half.jsonl").write_text('{"text": "a\\ud83d b", "k\\udc00": 1}\n', encoding="utf-8")
+    done = view(tmp_path, "half.jsonl")
+    assert done.returncode == 0, done.stderr
+    assert "text: a\\ud83d b" in done.stdout and "k\\udc00: int" in done.stdout
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".json"])
+def test_a_suffix_in_capitals_is_the_same(tmp_path: Path, suffix: str) -> None:
+    file = write(tmp_path / f"rows{suffix}")
+    shown = view(tmp_path, file).stdout.partition("columns")[2]
+    assert shown and view(tmp_path, file.rename(tmp_path / f"ROWS{suffix.upper()}")).stdout.endswith(shown)
+
+
 @pytest.mark.parametrize("args", [("nowhere.parquet",), (".",), ("ok.json", "--rows", 0), ("ok.json", "--width", -1)])
 def test_missing_files_and_senseless_numbers_are_refused(tmp_path: Path, args: tuple[object, ...]) -> None:
     (tmp_path / "ok.json").write_text("[]", encoding="utf-8")

@@ -6,7 +6,8 @@ occur twice, in what languages, and three rows as the model will see them.
     python utils/check_data.py my_recipe.yaml --stage dpo --tokenizer models/Qwen2.5-0.5B-Instruct
 
 Reads the first rows of every file, as the stage would, and writes nothing. Further --key value pairs override the
-recipe. The exit status is 1 when the stage would stop.
+recipe. The exit status is 1 when a file cannot be read, or more of these rows are dropped than max_drop_share allows.
+Whether all rows are enough for eval_rows and for a block, only the stage can tell.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import numpy as np
 from mini_qwen.cache import BATCH_SIZE, Preparation
 from mini_qwen.chat import TokenRow
 from mini_qwen.encoding import encode_text, text_encoder
+from mini_qwen.files import count_unread, find_files
 from mini_qwen.inspection import count_control_text, find_duplicates, language_shares, length_histogram
 from mini_qwen.ledger import Ledger
 from mini_qwen.preferences import Pair
@@ -94,6 +96,19 @@ def print_texts(texts: list[str], tokenizer: Any) -> None:
     )
 
 
+def print_drops(ledger: Ledger) -> None:
+    for reason, count in ledger.rows_dropped.most_common():
+        print(f"        {count:,} dropped: {reason} (first: {ledger.first_places[reason]})")
+
+
+def check_drops(ledger: Ledger, max_drop_share: float) -> None:
+    """Raises SystemExit when the stage would, if all its rows were like these."""
+    share = ledger.rows_dropped.total() / max(ledger.rows_read, 1)
+    if not ledger.rows_kept or share > max_drop_share:
+        allowed = f"max_drop_share is {max_drop_share:.0%}"
+        raise SystemExit(f"\nThe stage would stop: {share:.1%} of these rows are dropped, {allowed}.")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
@@ -102,23 +117,27 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokenizer", help="default: the recipe's")
     args, overrides = parser.parse_known_args(argv)
     opened = open_stage(args.recipe, overrides, args.stage, args.tokenizer)
-    check_columns(opened.files, opened.preparation.choices)
+    test_files = find_files(opened.keys.test_files or []) if opened.stage == "dpo" else []
+    check_columns([*opened.files, *test_files], opened.preparation.choices)
     ledger, token_rows, texts = read_sample(opened.files, opened.preparation, args.rows)
     _, whole_rows, _ = read_sample(opened.files, opened.prepare(UNLIMITED), args.rows)
 
     print(f"{args.recipe}, stage {opened.stage}: the first {ledger.rows_read:,} rows of {ledger.files:,} files")
     print(f"rows:   {ledger.rows_kept:,} kept, {ledger.rows_shortened:,} shortened to {opened.max_length:,} tokens")
-    for reason, count in ledger.rows_dropped.most_common():
-        print(f"        {count:,} dropped: {reason} (first: {ledger.first_places[reason]})")
+    print_drops(ledger)
+    test_ledger, _, _ = read_sample(test_files, opened.preparation, args.rows)
+    if test_files:
+        print(f"test:   {test_ledger.rows_kept:,} kept of the first {test_ledger.rows_read:,} of test_files")
+        print_drops(test_ledger)
+    if unread := count_unread(list(opened.sources)):
+        print(f"unread: {', '.join(f'{count:,} {end}' for end, count in unread.most_common())} (no data files)")
     samples = as_samples(opened.stage, token_rows)
     print("\n" + length_histogram([len(row.ids) for row in as_samples(opened.stage, whole_rows)], opened.max_length))
     print_texts(texts, opened.tokenizer)
     for number, row in enumerate(samples[:SAMPLE_ROWS]):
         print_row(opened.tokenizer, row, number)
-    share = ledger.rows_dropped.total() / max(ledger.rows_read, 1)
-    if not token_rows or share > opened.keys.max_drop_share:
-        allowed = f"max_drop_share is {opened.keys.max_drop_share:.0%}"
-        raise SystemExit(f"\nThe stage would stop: {share:.1%} of these rows are dropped, {allowed}.")
+    for each in (ledger, test_ledger) if test_files else (ledger,):
+        check_drops(each, opened.keys.max_drop_share)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Reads .parquet, .jsonl (one row a line) and .json (a list of rows, or one row).
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ def read_parquet(path: Path, num_rows: int) -> tuple[list[str], int, list[Any]]:
 def read_json(path: Path, num_rows: int) -> tuple[list[str], int, list[Any]]:
     """As `read_parquet`, from .json or .jsonl; the columns are those of the rows that are returned."""
     with path.open(encoding="utf-8-sig") as file:
-        if path.suffix == ".json":
+        if path.suffix.lower() == ".json":
             rows = json.load(file)
             rows = rows if isinstance(rows, list) else [rows]
             total, rows = len(rows), rows[:num_rows]
@@ -75,11 +76,12 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(f"--rows is {args.rows} and --width is {args.width}: both must be 1 or more.")
     if not args.file.is_file():
         raise SystemExit(f"{args.file} is not a file: name a .parquet, .jsonl or .json file.")
-    if args.file.suffix not in (".parquet", ".jsonl", ".json"):
+    suffix = args.file.suffix.lower()
+    if suffix not in (".parquet", ".jsonl", ".json"):
         raise SystemExit(
             f"{args.file} ends in {args.file.suffix or 'nothing'}: only .parquet, .jsonl, .json are read."
         )
-    read = read_parquet if args.file.suffix == ".parquet" else read_json
+    read = read_parquet if suffix == ".parquet" else read_json
     try:
         columns, total, rows = read(args.file, args.rows)
     except (OSError, ValueError) as error:
@@ -87,6 +89,8 @@ def main(argv: list[str] | None = None) -> None:
             f"{args.file} is not readable as {args.file.suffix} (cut off, or misnamed?): {error}"
         ) from None
 
+    # JSON can spell half a character pair, which no UTF-8 can hold; it is shown as it is spelt.
+    sys.stdout.reconfigure(errors="backslashreplace")
     print(f"{args.file}: {total:,} rows, {args.file.stat().st_size:,} bytes", "", "columns", sep="\n")
     print(*(f"  {column}" for column in columns), sep="\n")
     for number, row in enumerate(rows):
