@@ -27,7 +27,7 @@ from mini_qwen.store import STATE, StoreWriter
 
 # What decides the tokens of a row, beside the tokenizer, the template and the recipe.
 ROW_MODULES = ("cache", "chat", "conversations", "documents", "encoding", "files", "ledger", "preferences")
-ROW_MODULES += ("rows", "schemas", "shortening", "store")
+ROW_MODULES += ("rated", "rows", "schemas", "shortening", "store")
 BATCH_SIZE = 200  # rows
 BATCH_CHARACTERS = 2_000_000
 ROWS_TRIED = 20  # of every file, before the first one is prepared

@@ -1,9 +1,9 @@
 """DPO data: pairs of answers in, token rows out, both sides ending in their stop token."""
 
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,13 +18,13 @@ from mini_qwen.encoding import encode_text, spells_control_token
 from mini_qwen.files import DataKeys, find_files
 from mini_qwen.ledger import Ledger
 from mini_qwen.mixture import find_sources, read_phases
+from mini_qwen.rated import join_rated
 from mini_qwen.rows import Row, check_columns, read_rows
 from mini_qwen.schemas import PAIR_COLUMNS, PAIRS, BadRow, read_pair
 from mini_qwen.shortening import fit_turns
 from mini_qwen.store import TokenStore
 
 PAIRS_AT_ONCE = 1000  # held in memory while the pairs are written
-LABELS = {"true": True, "1": True, "false": False, "0": False}  # as csv spells them
 
 
 @dataclass
@@ -46,45 +46,19 @@ class Pair(NamedTuple):
         """Of both sides together, each with the prompt: what the model computes."""
         return 2 * len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids)
 
+    @property
+    def num_trained(self) -> int:
+        return len(self.chosen_ids) + len(self.rejected_ids)
+
+    @property
+    def key(self) -> bytes:
+        """The same for pairs of the same tokens, and for no others."""
+        return b"".join(len(ids).to_bytes(8, "little") + ids.tobytes() for ids in self)
+
     def side(self, answer: str) -> TokenRow:
         """The prompt and one of the answers, `chosen_ids` or `rejected_ids`, of which the answer is to be learnt."""
         ids = np.concatenate([self.prompt_ids, getattr(self, answer)])
         return TokenRow(ids, np.arange(len(ids)) >= len(self.prompt_ids))
-
-
-def read_label(value: Any) -> bool | None:
-    """Whether an answer is rated good; None for what is no rating."""
-    if isinstance(value, str):
-        return LABELS.get(value.strip().lower())
-    return bool(value) if value in (True, False) else None
-
-
-def join_rated(rows: Iterable[Row]) -> Iterator[Row]:
-    """Make pairs of rated answers, `label` true or false, to one prompt (the form of KTO); other rows pass unchanged.
-
-    An answer waits in memory for one of the other label; those for which none comes are passed on at the end, with
-    that fault.
-    """
-    waiting: dict[str, list[Row]] = {}
-    for row in rows:
-        label = read_label(row.values.get("label"))
-        if row.fault or "chosen" in row.values or label is None:
-            yield row
-            continue
-        prompt, answer = row.values.get("prompt"), row.values.get("completion")
-        if answer is None and isinstance(row.values.get("messages"), list):
-            prompt, answer = row.values["messages"][:-1], row.values["messages"][-1:]
-        row = row._replace(values={**row.values, "messages": None, "prompt": prompt, "completion": answer})
-        same = waiting.setdefault(json.dumps([prompt, row.values.get("system")], sort_keys=True, default=str), [])
-        if not same or read_label(same[0].values["label"]) == label:
-            same.append(row)
-            continue
-        other = same.pop(0)
-        chosen, rejected = (row, other) if label else (other, row)
-        sides = {"chosen": chosen.values["completion"], "rejected": rejected.values["completion"]}
-        yield row._replace(values={"joined": True, "prompt": prompt, "system": row.values.get("system"), **sides})
-    for row in (row for same in waiting.values() for row in same):
-        yield row._replace(fault="no answer of the other label in its file")
 
 
 def read_preferences(
@@ -117,9 +91,8 @@ def read_preferences(
             ledger.drop(str(reason), row.place, num_tokens)
             continue
         ledger.keep(num_tokens, num_tokens - pair.num_tokens)
-        trained = len(pair.chosen_ids) + len(pair.rejected_ids)
-        ledger.tokens_trained += trained
-        ledger.tokens_masked += pair.num_tokens - trained
+        ledger.tokens_trained += pair.num_trained
+        ledger.tokens_masked += pair.num_tokens - pair.num_trained
         yield pair
 
 
@@ -150,6 +123,8 @@ def prepare_preferences(
 ) -> tuple[Dataset, Dataset | None, Ledger]:
     """Training pairs, test pairs (None without test_files), and the ledger of the training pairs.
 
+    A pair that is also a test pair is not trained on.
+
     Columns: prompt_ids, chosen_ids, rejected_ids, and `length`, the tokens of the longer side, by which the trainer
     groups pairs. They are a file on disk, so that all processes share one file of reference log-probabilities.
     """
@@ -159,42 +134,63 @@ def prepare_preferences(
     if both:
         raise SystemExit(f"{both[0]} is below train_files and test_files: no test pair is trained on. Name others.")
     check_columns(test_files, PAIRS)
-    train, ledger = prepare_pairs(data, data.train_files, tokenizer, max_length)
-    if not data.test_files:
-        return train, None, ledger
-    test, test_ledger = prepare_pairs(data, data.test_files, tokenizer, max_length)
-    ledger.test_rows_read, ledger.test_rows_dropped = test_ledger.rows_read, test_ledger.rows_dropped
-    return train, test, ledger
+    train_parts, ledger = prepare_pairs(data, data.train_files, tokenizer, max_length)
+    test_parts, test_ledger = [], None
+    if data.test_files:
+        test_parts, test_ledger = prepare_pairs(data, data.test_files, tokenizer, max_length)
+        ledger.test_rows_read, ledger.test_rows_dropped = test_ledger.rows_read, test_ledger.rows_dropped
+    train, left_out = open_pairs(data.cache_dir, train_parts, without=test_parts)
+    ledger.add(left_out)
+    ledger.check(data.max_drop_share)
+    return train, open_pairs(data.cache_dir, test_parts)[0] if test_parts else None, ledger
 
 
 def prepare_pairs(
     data: PreferenceData, paths: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> tuple[Dataset, Ledger]:
+) -> tuple[list[Path], Ledger]:
+    """The folders with the token rows of pairs."""
     sources = find_sources(read_phases(paths))
     prepared = prepare_parts(data.cache_dir, sources, pair_preparation(tokenizer, max_length))
-    parts = [part for found in prepared.values() for part in found]
     ledger = sum_ledgers(prepared)
     ledger.check(data.max_drop_share)
+    return [part.folder for found in prepared.values() for part in found], ledger
+
+
+def open_pairs(cache_dir: str, parts: list[Path], without: Sequence[Path] = ()) -> tuple[Dataset, Ledger]:
+    """The pairs, but for those that are also `without`, and what to add to the ledger for them."""
 
     def build(folder: Path) -> None:
         folder.mkdir(exist_ok=True)
-        write_pairs(folder / "pairs.arrow", TokenStore([part.folder for part in parts]))
+        held = {pair.key for pair in pairs_of(TokenStore(without))}
+        write_pairs(folder / "pairs.arrow", pairs_of(TokenStore(parts)), held).save(folder / "ledger.json")
 
-    key = hash_of([[part.folder.name for part in parts], source_hash()])
-    folder = build_once(Path(data.cache_dir) / f"dpo-pairs-{key}", build)
-    return Dataset.from_file(str(folder / "pairs.arrow")), ledger
+    key = hash_of([[part.name for part in parts], [part.name for part in without], source_hash()])
+    folder = build_once(Path(cache_dir) / f"dpo-pairs-{key}", build)
+    return Dataset.from_file(str(folder / "pairs.arrow")), Ledger.load(folder / "ledger.json")
 
 
-def write_pairs(file: Path, store: TokenStore) -> None:
-    """Write the rows of the store, three to a pair, as an Arrow stream that `datasets` opens memory-mapped."""
+def pairs_of(store: TokenStore) -> Iterator[Pair]:
+    for row in range(0, len(store), 3):
+        yield Pair(store.row(row), store.row(row + 1), store.row(row + 2))
+
+
+def write_pairs(file: Path, pairs: Iterator[Pair], held: set[bytes]) -> Ledger:
+    """Write pairs but those with a key that is `held`, as an Arrow stream that `datasets` opens memory-mapped."""
+    left_out = Ledger()
     ids = pa.list_(pa.uint32())
     schema = pa.schema([("prompt_ids", ids), ("chosen_ids", ids), ("rejected_ids", ids), ("length", pa.int64())])
     with pa.ipc.new_stream(file, schema) as stream:
-        for start in range(0, len(store), 3 * PAIRS_AT_ONCE):
-            rows = [store.row(row) for row in range(start, min(start + 3 * PAIRS_AT_ONCE, len(store)))]
-            pairs = [Pair(*rows[at : at + 3]) for at in range(0, len(rows), 3)]
-            columns: dict[str, list[Any]] = {name: [getattr(pair, name) for pair in pairs] for name in Pair._fields}
+        while some := list(islice(pairs, PAIRS_AT_ONCE)):
+            alike = [pair for pair in some if pair.key in held]
+            left_out.rows_like_held_out += len(alike)
+            left_out.rows_kept -= len(alike)
+            left_out.tokens_like_held_out += sum(pair.num_tokens for pair in alike)
+            left_out.tokens_trained -= sum(pair.num_trained for pair in alike)
+            left_out.tokens_masked -= sum(pair.num_tokens - pair.num_trained for pair in alike)
+            some = [pair for pair in some if pair.key not in held]
+            columns: dict[str, list[Any]] = {name: [getattr(pair, name) for pair in some] for name in Pair._fields}
             columns["length"] = [
-                len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs
+                len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in some
             ]
             stream.write_batch(pa.RecordBatch.from_pydict(columns, schema=schema))
+    return left_out

@@ -17,10 +17,10 @@ from mini_qwen.preferences import (
     Pair,
     PreferenceData,
     encode_preferences,
-    join_rated,
     prepare_preferences,
     read_preferences,
 )
+from mini_qwen.rated import join_rated
 from mini_qwen.rows import Row
 from mini_qwen.schemas import Turn, read_pair
 from mini_qwen.shortening import MIN_PROMPT, TOO_LONG
@@ -276,6 +276,31 @@ def test_trl_finds_its_columns_first(
     pairs, _, _ = prepare_preferences(keys([file], tmp_path / "cache"), tokenizer, 100)
     assert pairs.column_names[:3] == ["prompt_ids", "chosen_ids", "rejected_ids"]
     assert [tokenizer.decode(pair["chosen_ids"]) for pair in pairs] == [f"good {n}<|im_end|>" for n in range(3)]
+
+
+def test_pairs_that_are_test_pairs_too_are_not_trained_on(
+    write_rows: WriteRows, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """Whatever file they are in; they are counted, and a side alone is no pair."""
+    other_side = numbered_pair(3) | {"rejected": [answer("worse")]}
+    train_file = write_rows("train.jsonl", [numbered_pair(number) for number in (0, 1, 2, 1, 3)])
+    test_file = write_rows("test.jsonl", [numbered_pair(1), other_side])
+    data = keys([train_file], tmp_path / "cache", test_files=[str(test_file)])
+    for _ in range(2):  # prepared, and found
+        train, test, ledger = prepare_preferences(data, tokenizer, 64)
+        assert [tokenizer.decode(ids).partition("<")[0] for ids in train["chosen_ids"]] == [
+            "good 0",
+            "good 2",
+            "good 3",
+        ]
+        assert test is not None and len(test) == 2
+        assert (ledger.rows_kept, ledger.rows_like_held_out) == (3, 2)
+        assert "3 kept + 2 like held out" in ledger.summary()
+    alone, _, _ = prepare_preferences(keys([train_file], tmp_path / "cache"), tokenizer, 64)
+    assert len(alone) == 5
+    with pytest.raises(SystemExit, match="No row is left to train on: of 1 read, dropped: none; 1 are the same as"):
+        only = write_rows("only.jsonl", [numbered_pair(1)])
+        prepare_preferences(keys([only], tmp_path / "cache", test_files=[str(test_file)]), tokenizer, 64)
 
 
 def test_test_files_are_read_apart_and_counted_apart(
