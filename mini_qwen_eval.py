@@ -12,15 +12,17 @@ Reads:  checkpoint folders, and the held-out files that the recipe names.
 Writes: output_dir, with report.md, report.html (one file, opens anywhere), results.json and the pictures as PNG.
 """
 
+import sys
 import time
 
 from transformers.utils import logging
 
 from mini_qwen.circumstances import circumstances, device_name
-from mini_qwen.evaluation import EvalData, evaluate, load_checkpoint
-from mini_qwen.generation import talk
+from mini_qwen.evaluation import EvalData, check_sizes, evaluate, load_checkpoint
 from mini_qwen.recipe import parse_recipe
-from mini_qwen.report import write_report
+from mini_qwen.report import check_records, write_report
+from mini_qwen.study import measure_versions
+from mini_qwen.terminal import talk
 from mini_qwen.training import choose_precision
 from mini_qwen.watch import call_when_orphaned, end_as_orphan
 
@@ -31,14 +33,25 @@ def main(argv: list[str] | None = None) -> None:
     logging.set_verbosity_error()
 
     if args.chat is not None:
+        check_sizes(args)
+        try:
+            sampling = args.chat_sampling()
+        except ValueError as error:
+            raise SystemExit(str(error)) from None
         model, tokenizer = load_checkpoint(args.chat)
-        talk(model, tokenizer, args.max_new_tokens, args.chat_sampling(), args.seed)
+        talk(model, tokenizer, args.max_new_tokens, sampling, args.seed)
         return
 
     started = time.time()
-    records = evaluate(args)
-    where = {"device": device_name(), "precision": choose_precision()}
-    print(write_report(args, records, circumstances(started) | where))
+    check_records(args.checkpoints)
+    try:
+        records = evaluate(args)
+        found = circumstances(started) | {"device": device_name(), "precision": choose_precision()}
+        found["versions"] |= measure_versions()
+        print(write_report(args, records, found))
+    except KeyboardInterrupt:
+        print(f"\nStopped. Finished parts are kept in {args.output_dir}: the same command goes on.", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ DOCUMENT_COLUMNS: Columns = {
     "scored_bytes": ("bytes", "{:,}"),
     "num_documents": ("documents", "{:,}"),
     "num_documents_cut": ("cut", "{:,}"),
+    "num_rows_empty": ("rows without text", "{:,}"),
     "chinese_characters": ("Chinese characters", "{:,}"),
 }
 MANNERS: Columns = {
@@ -166,9 +167,10 @@ def choices_chapter(named: Named) -> list[Part]:
 
 def manners_chapter(named: Named) -> list[Part]:
     caption = "The most likely tokens, in answer to {}. Lengths and n-grams are of the checkpoint's own tokens."
-    asked = make_table(named, MANNERS, caption.format("the questions"))
+    columns = MANNERS | {"num_beyond_context": ("beyond the context", "{:,}")}
+    asked = make_table(named, columns, caption.format("the questions"))
     prompted = {label: record.get("prompt_manners", {}) for label, record in named.items()}
-    return [*asked, *make_table(prompted, MANNERS, caption.format("the prompts below"))]
+    return [*asked, *make_table(prompted, columns, caption.format("the prompts below"))]
 
 
 def answers_chapter(named: Named, prompts: list[str]) -> list[Part]:

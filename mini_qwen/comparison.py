@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from pydantic import ConfigDict
 
+from mini_qwen.files import brief
 from mini_qwen.metrics import standard_error
 from mini_qwen.pairs import reward_accuracy
 
@@ -67,12 +68,23 @@ def find_parents(records: list[Record]) -> dict[str, str]:
 
 def read_parent(checkpoint: Path) -> Path | None:
     """The recipe's `checkpoint` in the run's record, where it stands under the class that the key belongs to."""
-    file = checkpoint / "run.json"
-    record = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-    recipe = record.get("recipe") if isinstance(record, dict) else None
+    recipe = read_run(checkpoint).get("recipe")
     parts = [part for part in recipe.values() if isinstance(part, dict)] if isinstance(recipe, dict) else []
     named = [part["checkpoint"] for part in parts if isinstance(part.get("checkpoint"), str)]
     return Path(named[0]) if named else None
+
+
+def read_run(checkpoint: Path) -> Record:
+    """run.json beside a checkpoint; empty where there is none, or something else by this name.
+
+    Raises SystemExit for one that is damaged.
+    """
+    file = checkpoint / "run.json"
+    try:
+        record = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise SystemExit(f"{file} is damaged: {brief(error)}. Restore it, or remove it.") from None
+    return record if isinstance(record, dict) else {}
 
 
 def is_earlier(first: str, second: str) -> bool:
@@ -96,29 +108,37 @@ def compared_figures(record: Record) -> list[Figure]:
         figures.append(Figure("bits per byte of held-out documents", record["bits_per_byte"], "bits"))
     manners = record if "repetition_4gram" in record else record.get("prompt_manners", {})
     if manners:
-        error = manners["repetition_standard_error"]
-        figures.append(Figure("4-gram repetition of answers", manners["repetition_4gram"], "repetition", error))
-        # With one answer more of each kind: that all of a few stop does not mean that all ever would.
-        num = manners["num_answers"] + 2
-        error = standard_error((manners["stop_rate"] * manners["num_answers"] + 1) / num, num)
-        figures.append(Figure("answers that stop", manners["stop_rate"], "accuracy", error))
+        if manners["num_answers"] > 1:  # how much answers differ cannot be told from one
+            error = manners["repetition_standard_error"]
+            figures.append(Figure("4-gram repetition of answers", manners["repetition_4gram"], "repetition", error))
+        figures.append(share("answers that stop", manners["stop_rate"], manners["num_answers"]))
     for key in sorted(key for key in record if key.startswith("accuracy_")):
         group = key.removeprefix("accuracy_")
-        name = f"exact match, {group.replace('_', ' ')}"
-        figures.append(Figure(name, record[key], "accuracy", record[f"standard_error_{group}"]))
+        figures.append(share(f"exact match, {group}", record[key], record[f"num_questions_{group}"]))
     if "preference_accuracy" in record:
-        error = record["preference_standard_error"]
-        figures.append(Figure("pairs right", record["preference_accuracy"], "accuracy", error))
+        figures.append(share("pairs right", record["preference_accuracy"], record["num_pairs"]))
     for name, task in record.get("choices", {}).items():
         if task["accuracy"] is not None:
-            figures.append(Figure(f"{name}, multiple choice", task["accuracy"], "accuracy", task["standard_error"]))
+            figures.append(share(f"{name}, multiple choice", task["accuracy"], task["num_questions"]))
     for name, task in record.get("classification", {}).items():
         for way in ("by_likelihood", "by_text"):
             if way in task:
-                outcome = task[way]
                 shown = f"{name}, classified {way.replace('_', ' ')}"
-                figures.append(Figure(shown, outcome["accuracy"], "accuracy", outcome["standard_error"]))
+                figures.append(share(shown, task[way]["accuracy"], task["num_rows"]))
     return figures
+
+
+def share(name: str, value: float, num: int) -> Figure:
+    """An accuracy with the standard error of two answers more of each kind, on the scale of those that there are.
+
+    Of 3 right answers of 3 the plain error is 0, as if all ever would be right, and none of 3 would be a verdict. Here
+    it is that of 5 of 7, times 7/3: 0.40. Of hundreds it is as good as the plain one.
+
+    Source: Agresti and Coull 1998, "Approximate is Better than 'Exact' for Interval Estimation of Binomial
+    Proportions".
+    """
+    more = num + 4
+    return Figure(name, value, "accuracy", standard_error((value * num + 2) / more, more) * more / num)
 
 
 def compare(records: list[Record], parents: dict[str, str], limits: Limits) -> list[Change]:
@@ -126,6 +146,7 @@ def compare(records: list[Record], parents: dict[str, str], limits: Limits) -> l
 
     An accuracy of 0.90 with a standard error of 0.03 after one of 0.95 with 0.02: two standard errors of the
     difference are 2 * sqrt(0.03^2 + 0.02^2) = 0.072, more than 0.02, so the limit is 0.95 - 0.072: nothing is worse.
+    The errors add up as of independent samples. The questions are the same, so this errs on the side of no verdict.
     """
     by_checkpoint = {record["checkpoint"]: record for record in records}
     changes = []

@@ -79,9 +79,9 @@ def make_parts(args: EvalData) -> list[Part]:
 
     Raises SystemExit for a number, a checkpoint or a file that cannot be used, and for a part that is not known.
     """
-    for key, least in {"max_new_tokens": 1, "max_length": 2, "batch_size": 1}.items():
-        if getattr(args, key) < least:
-            raise SystemExit(f"{key} is {getattr(args, key)}, but must be {least} or more.")
+    check_sizes(args)
+    if not args.checkpoints:
+        raise SystemExit("'checkpoints' is empty. Name one or more folders that stages wrote.")
     for checkpoint in args.checkpoints:
         check_checkpoint(checkpoint)
         load_tokenizer(checkpoint)
@@ -158,6 +158,12 @@ def make_parts(args: EvalData) -> list[Part]:
     if choose_precision() != "fp32":  # sums of half-precision numbers round differently in batches of other shapes
         parts = [part._replace(settings=[part.settings, batch]) for part in parts]
     return choose_parts(parts, wanted, args.parts)
+
+
+def check_sizes(args: EvalData) -> None:
+    for key, least in {"max_new_tokens": 1, "max_length": 2, "batch_size": 1}.items():
+        if getattr(args, key) < least:
+            raise SystemExit(f"{key} is {getattr(args, key)}, but must be {least} or more.")
 
 
 def fitting(model: PreTrainedModel, _: PreTrainedTokenizerBase, length: int) -> int:

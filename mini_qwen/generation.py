@@ -1,7 +1,6 @@
-"""Answers of a checkpoint: batched for measuring, streamed for talking."""
+"""Answers of a checkpoint: batched for measuring, in whole characters for showing them as they come."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -21,6 +20,7 @@ class Answer(NamedTuple):
     text: str
     ids: list[int]  # without the end token
     stopped: bool  # ended with <|im_end|> before the length limit
+    beyond: bool = False  # prompt and the longest answer allowed exceed the checkpoint's context
 
 
 def speaks_chat(model: PreTrainedModel) -> bool:
@@ -144,41 +144,10 @@ def ask(
     """Answers to single questions, in the checkpoint's own manner: chat template or raw continuation."""
     chat = speaks_chat(model)
     prompts = [encode_prompt(tokenizer, [{"role": "user", "content": text}], chat) for text in texts]
-    beyond = sum(len(prompt) + max_new_tokens > model.config.max_position_embeddings for prompt in prompts)
-    if beyond:
-        limit = model.config.max_position_embeddings
-        print(f"{desc}: {beyond:,} prompts reach with their answers beyond the {limit:,} tokens of this checkpoint")
-    return generate(model, tokenizer, prompts, max_new_tokens, batch_size, desc, sampling, seeds)
-
-
-@torch.no_grad()
-def talk(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    max_new_tokens: int,
-    sampling: Sampling,
-    seed: int,
-) -> None:
-    """A conversation in the terminal until an empty line. A typed `\\n` means a line break.
-
-    The same turns with the same seed get the same answers.
-    """
-    chat = speaks_chat(model)
-    print("chat" if chat else "raw continuation (a pretrained checkpoint)", "- an empty line ends it")
-    turns: list[Turn] = []
-    while text := read_line():
-        turns.append({"role": "user", "content": text.replace("\\n", "\n")})
-        prompt = torch.tensor([encode_prompt(tokenizer, turns, chat)])
-        mask = torch.ones_like(prompt)
-        streamer = WholeCharacters(tokenizer, partial(print, end="", flush=True))
-        output = continue_batch(model, tokenizer, prompt, mask, max_new_tokens, sampling, [seed], streamer)
-        print()
-        answer = tokenizer.decode(output[0], skip_special_tokens=True).rstrip("\ufffd")
-        turns.append({"role": "assistant", "content": answer})
-
-
-def read_line() -> str:
-    try:
-        return input("> ").strip()
-    except EOFError:
-        return ""
+    limit = model.config.max_position_embeddings
+    beyond = [len(prompt) + max_new_tokens > limit for prompt in prompts]
+    if any(beyond):
+        num = sum(beyond)
+        print(f"{desc}: {num:,} prompts reach with their answers beyond the {limit:,} tokens of this checkpoint")
+    answers = generate(model, tokenizer, prompts, max_new_tokens, batch_size, desc, sampling, seeds)
+    return [answer._replace(beyond=flag) for answer, flag in zip(answers, beyond, strict=True)]

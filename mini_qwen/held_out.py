@@ -26,7 +26,7 @@ def score_documents(
     token of a document has nothing before it: neither its bits nor its bytes count. Documents longer than `length`
     tokens lose their end.
     """
-    texts = read_texts(files)
+    texts, num_empty = read_texts(files)
     rows = document_rows(tokenizer, texts, length)
     scores = score_rows(model, rows, "documents")
     total, count = sum(score.sum_log_prob for score in scores), sum(score.num_tokens for score in scores)
@@ -39,6 +39,7 @@ def score_documents(
         "scored_bytes": num_bytes,
         "num_documents": len(rows),
         "num_documents_cut": sum(int(row.ids[-1]) != tokenizer.eos_token_id for row in rows),
+        "num_rows_empty": num_empty,
     }
     chinese = [at for at, text in enumerate(texts) if is_chinese(text)]
     num_characters = sum(count_characters(tokenizer, rows[at].ids[1:].tolist()) for at in chinese)
@@ -50,7 +51,7 @@ def score_documents(
             "chinese_tokens": sum(scores[at].num_tokens for at in chinese),
         }
     if unigram_files:
-        training_rows = document_rows(tokenizer, read_texts(unigram_files), length)
+        training_rows = document_rows(tokenizer, read_texts(unigram_files)[0], length)
         unigram = Unigram((row.ids.tolist() for row in training_rows), len(tokenizer))
         total = sum(unigram.sum_log_prob(row.ids[1:].tolist()) for row in rows)
         figures["unigram_bits_per_byte"] = bits_per_byte(total, num_bytes)
@@ -63,22 +64,23 @@ def document_rows(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], leng
     return [TokenRow(np.append(ids, end)[:length]) for ids in encode_text(tokenizer, list(texts))]
 
 
-def read_texts(files: list[str]) -> list[str]:
-    """The texts of all rows; those without one are counted and said.
+def read_texts(files: list[str]) -> tuple[list[str], int]:
+    """The texts of all rows, and how many rows have none or a blank one, which pretraining drops as well.
 
     Raises SystemExit when there is none, and for one that is no text.
     """
     texts, empty = [], []
     for row in read_rows(find_files(files), ["text"]):
-        if row.values.get("text"):
-            texts.append(row.text("text"))
-        else:
+        value = row.values.get("text")
+        if value is None or (isinstance(value, str) and not value.strip()):
             empty.append(f"{row.place} ({row.fault or 'no text'})")
+        else:
+            texts.append(row.text("text"))
     if not texts:
         raise SystemExit(f"There is no text in {', '.join(files)}: no row has anything under 'text'.")
     if empty:
         print(f"documents: {len(empty):,} rows without a text are left out, the first {empty[0]}")
-    return texts
+    return texts, len(empty)
 
 
 def is_chinese(text: str) -> bool:

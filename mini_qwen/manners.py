@@ -12,11 +12,13 @@ def manners(answers: Sequence[Answer]) -> dict[str, float]:
 
     `stop_rate`: share that end by themselves. `answer_length`: tokens. `repetition_4gram`: share of an answer's
     4-grams that occur more than once in it. `repetition_near`: the same by distance, WnR with a window of 50.
-    `distinct_2`: distinct pairs of neighbours among all pairs, over all answers together.
+    `distinct_2`: distinct pairs of neighbours among all pairs, over all answers together. `num_beyond_context`:
+    answers that, at full length, end beyond what the checkpoint can read.
     """
     repeated = [repetition_rate(answer.ids) for answer in answers]
     return {
         "num_answers": len(answers),
+        "num_beyond_context": sum(answer.beyond for answer in answers),
         "stop_rate": fmean(answer.stopped for answer in answers),
         "answer_length": fmean(len(answer.ids) for answer in answers),
         "repetition_4gram": fmean(repeated),

@@ -4,6 +4,7 @@ import math
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Sequence
+from unicodedata import normalize
 
 
 def bits_per_byte(sum_log_prob: float, num_bytes: int) -> float:
@@ -25,7 +26,9 @@ def bits_per_character(sum_log_prob: float, num_characters: int) -> float:
 
 
 def perplexity(sum_log_prob: float, num_tokens: int) -> float:
-    return math.exp(-sum_log_prob / num_tokens)
+    """Infinite above a loss of 700 nats a token, near which the numbers of a computer end."""
+    loss = -sum_log_prob / num_tokens
+    return math.exp(loss) if loss <= 700 else math.inf
 
 
 def repetition_rate(tokens: Sequence[Hashable], n: int = 4) -> float:
@@ -95,9 +98,9 @@ def ngrams(tokens: Sequence[Hashable], n: int) -> Iterator[tuple[Hashable, ...]]
 
 
 def exact_match(answers: Sequence[str], expected: Sequence[str]) -> float:
-    """Share of answers that equal the expected one, blanks at the ends aside."""
-    pairs = list(zip(answers, expected, strict=True))
-    return sum(answer.strip() == right.strip() for answer, right in pairs) / len(pairs)
+    """Share of answers that equal the expected one, blanks at the ends aside, and however "é" is written (NFC)."""
+    pairs = [[normalize("NFC", text).strip() for text in pair] for pair in zip(answers, expected, strict=True)]
+    return sum(answer == right for answer, right in pairs) / len(pairs)
 
 
 class Unigram:

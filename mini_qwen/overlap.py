@@ -3,6 +3,7 @@
 import re
 from functools import cache
 from typing import TYPE_CHECKING
+from unicodedata import normalize
 
 if TYPE_CHECKING:
     from rouge_score.rouge_scorer import RougeScorer
@@ -13,14 +14,14 @@ TOKEN = re.compile(f"[{IDEOGRAPH}]|[^\\W_{IDEOGRAPH}]+")
 
 
 class MixedTokenizer:
-    """Text as ROUGE's tokens: every Chinese character one, else every lower-cased run of letters and digits.
+    """Text as ROUGE's tokens: every Chinese character one, else every lower-cased run of letters and digits, in NFC.
 
     >>> MixedTokenizer().tokenize("Qwen2是一个model, isn't it?")
     ['qwen2', '是', '一', '个', 'model', 'isn', 't', 'it']
     """
 
     def tokenize(self, text: str) -> list[str]:
-        return TOKEN.findall(text.lower())
+        return TOKEN.findall(normalize("NFC", text).lower())
 
 
 @cache

@@ -42,7 +42,7 @@ class Passage(NamedTuple):
 class Passages(NamedTuple):
     rows: list[Passage]
     labels: list[str]
-    num_repeats: int  # rows left out because an earlier one has the same text
+    num_repeats: int  # rows left out because an earlier one has the same text, white space aside
 
 
 def read_passages(name: str, task: ClassificationTask) -> Passages:
@@ -59,7 +59,7 @@ def read_passages(name: str, task: ClassificationTask) -> Passages:
     for row in read_rows(files, columns):
         num_read += 1
         passage = read_passage(task, row)
-        earlier, place = seen.setdefault(row.values[task.text], (passage, row.place))
+        earlier, place = seen.setdefault(" ".join(row.values[task.text].split()), (passage, row.place))
         if earlier.label != passage.label:
             raise SystemExit(
                 f"{row.place}: the text {passage.text[:40]!r} has the {task.label} {passage.label!r}, but {place} has "

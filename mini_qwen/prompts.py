@@ -1,5 +1,6 @@
 """Prompts of a study: texts of the recipe, or the rows of a file of them."""
 
+import os
 from pathlib import Path
 
 from mini_qwen.files import KINDS, find_files, kind
@@ -11,15 +12,21 @@ COLUMNS = ("prompt", "question", "instruction", "text", "turns")
 def read_prompts(items: list[str]) -> list[str]:
     """The texts, an item that names a data file replaced by its prompts: lines of a .txt, rows of the other kinds.
 
+    An item of one line with the ending of a data file names one, blanks in it or not.
     Of a row the first column of COLUMNS that it has counts; of `turns`, a list, the first turn.
 
     Raises SystemExit for a file that is missing or holds no prompt, for a row without one, and for a blank prompt.
     """
     prompts: list[str] = []
     for item in items:
-        if any(letter.isspace() for letter in item) or kind(Path(item)) not in KINDS:
+        if "\n" in item or kind(Path(item)) not in KINDS:
             prompts.append(item)
             continue
+        if not os.path.exists(item):  # unlike Path.exists, also of a name that is too long
+            raise SystemExit(
+                f"There is no data at '{item}', which ends like a file of prompts. Name a file that exists; a text to "
+                "answer must end otherwise, with a question mark for one."
+            )
         found = []
         for row in read_rows(find_files([item]), list(COLUMNS)):
             names = [name for name in COLUMNS if row.values.get(name)]

@@ -21,7 +21,7 @@ class Question(NamedTuple):
 
 
 def read_questions(files: list[str]) -> list[Question]:
-    """Rows {"question", "answer", "group"}; without a group a question is in the group 'all'.
+    """Rows {"question", "answer", "group"}; without a group, or with '' as in a csv, a question is in the group 'all'.
 
     Raises SystemExit for a question or an answer that is no text, and when there is no row.
     """
@@ -30,7 +30,8 @@ def read_questions(files: list[str]) -> list[Question]:
         text, answer = row.text("question"), row.text("answer")
         if not text.strip():
             raise SystemExit(f"{row.place}: 'question' is {text!r}, but must be text to answer.")
-        questions.append(Question(text, answer, str(row.values.get("group") or "all")))
+        group = row.values.get("group")
+        questions.append(Question(text, answer, "all" if group in (None, "") else str(group)))
     if not questions:
         raise SystemExit(f"There is no question in {', '.join(files)}.")
     return questions
@@ -50,5 +51,6 @@ def score_questions(
         chosen = [at for at, question in enumerate(questions) if question.group == group]
         accuracy = exact_match([answers[at].text for at in chosen], [questions[at].answer for at in chosen])
         figures |= {f"accuracy_{group}": accuracy, f"standard_error_{group}": standard_error(accuracy, len(chosen))}
+        figures[f"num_questions_{group}"] = len(chosen)
     overlaps = [rouge_l(answer.text, right.answer) for answer, right in zip(answers, questions, strict=True)]
     return figures | {"rouge_l": fmean(overlaps), "num_questions": len(questions)} | manners(answers)

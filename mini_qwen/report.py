@@ -1,6 +1,7 @@
 """The report of an evaluation: one markdown file, one page, one file of figures, and the pictures they show."""
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ from mini_qwen.chapters import (
     stage_table,
     verdict_chapter,
 )
-from mini_qwen.comparison import Record, add_reward_accuracy, compare, find_parents
+from mini_qwen.comparison import Record, add_reward_accuracy, compare, find_parents, read_run
+from mini_qwen.curves import read_losses
 from mini_qwen.evaluation import EvalData
 from mini_qwen.illustrations import classification_chapter, decoding_chapter, training_chapter
 from mini_qwen.page import Section, render_markdown, render_page
 from mini_qwen.prompts import read_prompts
+from mini_qwen.training_logs import STATE
 
 TITLE = "Evaluation"
 
@@ -53,25 +56,46 @@ def write_report(args: EvalData, records: list[Record], circumstances: dict[str,
     chapters = [chapter for chapter in chapters if chapter.parts]
     (folder / "report.md").write_text(render_markdown(TITLE, chapters, folder), encoding="utf-8")
     (folder / "report.html").write_text(render_page(TITLE, chapters), encoding="utf-8")
-    results = {"prompts": prompts, "checkpoints": records, "changes": [change._asdict() for change in changes]}
-    (folder / "results.json").write_text(
-        json.dumps(circumstances | {"recipe": asdict(args)} | results, indent=2, ensure_ascii=False) + "\n",
-        encoding="utf-8",
-    )
+    results = circumstances | {"recipe": asdict(args), "prompts": prompts, "checkpoints": records}
+    results["changes"] = [change._asdict() for change in changes]
+    written = json.dumps(as_json(results), indent=2, ensure_ascii=False, allow_nan=False)
+    (folder / "results.json").write_text(written + "\n", encoding="utf-8")
     words = render_markdown(TITLE, [chapters[0]], folder).split("\n\n", 2)[2]
     return f"{words}\nThe whole report: {folder / 'report.html'}"
 
 
 def training_facts(checkpoint: Path) -> dict[str, Any]:
-    """Steps, seconds and last loss, from the records beside the checkpoint where there are any."""
+    """Steps, seconds and last loss, from the records beside the checkpoint where there are any.
+
+    Raises SystemExit for a record that is damaged, or whose losses cannot be drawn.
+    """
     facts: dict[str, Any] = {}
-    if (checkpoint / "trainer_state.json").is_file():
-        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
-        facts |= {"steps": state["global_step"], "last_loss": losses[-1] if losses else None}
-    if (checkpoint / "run.json").is_file():
-        facts["seconds"] = json.loads((checkpoint / "run.json").read_text(encoding="utf-8")).get("seconds")
-    return facts
+    file = checkpoint / STATE
+    if file.is_file():
+        (_, losses), _ = (read_losses(file, key) for key in ("loss", "eval_loss"))
+        steps = json.loads(file.read_text(encoding="utf-8", errors="replace")).get("global_step")
+        facts |= {"steps": steps, "last_loss": losses[-1] if losses else None}
+    facts["seconds"] = read_run(checkpoint).get("seconds")
+    return {key: value for key, value in facts.items() if is_number(value)}
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def check_records(checkpoints: list[str]) -> None:
+    """Raises SystemExit for a record beside a checkpoint that the report could not be written with."""
+    for checkpoint in checkpoints:
+        training_facts(Path(checkpoint))
+
+
+def as_json(value: Any) -> Any:
+    """The same for JSON, which has no infinity and no number that is none: null stands for them."""
+    if isinstance(value, dict):
+        return {key: as_json(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def labels(records: list[Record]) -> list[str]:

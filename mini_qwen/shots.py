@@ -68,8 +68,9 @@ def shots_of(task: ChoiceTask, question: Question, subject_shots: list[Question]
 
 
 def is_same(first: Question, second: Question) -> bool:
-    """Many questions have the same words, "which of these is right?", and other options."""
-    return (first.text.strip(), first.options) == (second.text.strip(), second.options)
+    """Whether words and options are the same, white space aside; "which of these is right?" has many options."""
+    one, other = ([" ".join(text.split()) for text in (each.text, *each.options)] for each in (first, second))
+    return one == other
 
 
 def fit_prompt(

@@ -1,5 +1,7 @@
 """A study: parts measured for each checkpoint, each kept when it is finished, so that a second run goes on."""
 
+import contextlib
+import importlib.metadata
 import json
 from collections.abc import Callable
 from glob import escape
@@ -13,10 +15,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mini_qwen.cache import hash_of, source_hash
 from mini_qwen.chat import TEMPLATE
 from mini_qwen.checkpoint import MANIFEST
+from mini_qwen.circumstances import device_name
 from mini_qwen.files import find_files, identity
 from mini_qwen.resumption import write_whole
 from mini_qwen.training import choose_precision
 
+MEASURES = ("lm-eval", "rouge-score")
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
@@ -32,8 +36,9 @@ class Part(NamedTuple):
 class Study:
     """Figures of checkpoints in `folder`/parts, one file for each checkpoint and part.
 
-    A file is named by a hash of the checkpoint, the settings, the data files, the source, the precision and the
-    versions of the libraries: what was measured is not measured again until one of them differs.
+    A file is named by a hash of the checkpoint, the settings, the data files, the source, the precision, the device
+    with its threads, and the versions of the libraries: what was measured is not measured again until one differs, so
+    that all figures of a report are of the machine and the versions that it names.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -65,9 +70,19 @@ class Study:
 
     def file(self, checkpoint: str, part: Part) -> Path:
         data = [identity(file) for file in find_files(part.files)]
-        circumstances = [choose_precision(), torch.cuda.is_available(), torch.__version__, transformers.__version__]
+        circumstances = [choose_precision(), device_name(), torch.__version__, transformers.__version__]
+        circumstances += measure_versions().items()
         key = hash_of([identify_checkpoint(Path(checkpoint)), part.settings, data, circumstances, self.source])
         return self.folder / f"{self.stem(checkpoint, part)}-{key}.json"
+
+
+def measure_versions() -> dict[str, str]:
+    """Of the libraries that measure and have no part in a training; those that are not installed are left out."""
+    found = {}
+    for package in MEASURES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 def identify_checkpoint(folder: Path) -> Any:

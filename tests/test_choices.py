@@ -17,7 +17,7 @@ from mini_qwen.exams import Question, read_questions
 from mini_qwen.harness import HarnessModel
 from mini_qwen.options import score_options
 from mini_qwen.recipe import check_type
-from mini_qwen.shots import make_prompt
+from mini_qwen.shots import is_same, make_prompt
 
 TASKS = Path(lm_eval.__file__).parent / "tasks"
 CMMLU = "以下是关于{subject}的单项选择题，请直接给出正确答案的选项。"
@@ -184,6 +184,13 @@ def test_a_question_is_not_among_its_own_shots(
     path = str(write_rows("rows.jsonl", [row(number) for number in range(4)]))
     figures = score_choices(model, tokenizer, {"t": ChoiceTask([path], [path], 2)}, 2048, 8)["t"]
     assert figures["num_shots_equal_question"] == 2  # rows 0 and 1 are the first two shots of all
+
+
+def test_a_question_is_the_same_whatever_its_white_space() -> None:
+    one = Question("s", "s", "Which is  right?", ("a b", "c"), 0, "here")
+    assert is_same(one, one._replace(text=" Which is right?\n", options=(" a  b", "c\n"), right=1))
+    assert not is_same(one, one._replace(options=("ab", "c")))
+    assert not is_same(one, one._replace(options=("c", "a b")))
 
 
 def test_an_empty_text_cannot_be_scored_and_is_counted(

@@ -32,17 +32,42 @@ def changes(before: dict[str, Any], after: dict[str, Any], limits: Limits | None
     return {change.figure: change for change in found}
 
 
-def accuracy(value: float, error: float) -> dict[str, Any]:
-    return {"accuracy_facts": value, "standard_error_facts": error}
+MANY = 10**12  # questions: the standard error is next to nothing
+
+
+def accuracy(value: float, num: int = MANY) -> dict[str, Any]:
+    return {"accuracy_facts": value, "num_questions_facts": num}
 
 
 def test_the_limit_of_an_accuracy_by_hand() -> None:
-    """Two standard errors of the difference: 2 * sqrt(0.03^2 + 0.02^2) = 0.0721."""
-    change = changes(accuracy(0.95, 0.02), accuracy(0.90, 0.03))["exact match, facts"]
-    assert (change.before, change.after) == (0.95, 0.90)
-    assert change.limit == pytest.approx(0.95 - 0.0721110)
-    assert not change.is_worse
-    assert changes(accuracy(0.95, 0.02), accuracy(0.877, 0.03))["exact match, facts"].is_worse
+    """94 and 70 of 96, with two of each kind 96 and 72 of 100: sqrt(.96 * .04 / 100) and sqrt(.72 * .28 / 100)."""
+    change = changes(accuracy(94 / 96, 96), accuracy(70 / 96, 96))["exact match, facts"]
+    assert (change.before, change.after) == (94 / 96, 70 / 96)
+    assert change.limit == pytest.approx(94 / 96 - 2 * math.hypot(0.0195959, 0.0448999) * 100 / 96)
+    assert change.is_worse
+    assert not changes(accuracy(94 / 96, 96), accuracy(88 / 96, 96))["exact match, facts"].is_worse
+
+
+@pytest.mark.parametrize(("num", "is_worse"), [(1, False), (2, False), (3, False), (4, True)])
+def test_from_all_right_to_none_of_a_few_is_no_verdict(num: int, is_worse: bool) -> None:
+    """The plain error of both is 0. Of 3: 2 * sqrt(2 * 5/7 * 2/7 / 7) * 7/3 = 1.13, more than any fall; of 4, 0.87."""
+    assert changes(accuracy(1.0, num), accuracy(0.0, num))["exact match, facts"].is_worse is is_worse
+
+
+def test_repetition_of_one_answer_is_no_figure_to_compare() -> None:
+    one = {"repetition_4gram": 0.0, "stop_rate": 1.0, "num_answers": 1, "repetition_standard_error": 0.0}
+    assert set(changes(one, one | {"repetition_4gram": 0.9})) == {"answers that stop"}
+    two = one | {"num_answers": 2}
+    assert set(changes(two, two | {"repetition_4gram": 0.9})) == {"answers that stop", "4-gram repetition of answers"}
+
+
+def test_groups_of_like_names_are_not_compared_with_one_another() -> None:
+    before = {"accuracy_a_b": 0.9, "num_questions_a_b": MANY, "accuracy_a b": 0.1, "num_questions_a b": MANY}
+    found = changes(before, before | {"accuracy_a_b": 0.5})
+    assert {name: (change.before, change.after) for name, change in found.items()} == {
+        "exact match, a_b": (0.9, 0.5),
+        "exact match, a b": (0.1, 0.1),
+    }
 
 
 @pytest.mark.parametrize(
@@ -50,7 +75,7 @@ def test_the_limit_of_an_accuracy_by_hand() -> None:
     [(0.5, 0.4801, False), (0.5, 0.4799, True), (0.5, 0.9, False), (0.0, 0.0, False), (0.01, 0.0, False)],
 )
 def test_of_an_accuracy_without_noise_the_limit_alone_counts(before: float, after: float, is_worse: bool) -> None:
-    change = changes(accuracy(before, 0.0), accuracy(after, 0.0))["exact match, facts"]
+    change = changes(accuracy(before), accuracy(after))["exact match, facts"]
     assert change.limit == pytest.approx(max(0, before - 0.02))
     assert change.is_worse == is_worse
 
@@ -80,7 +105,7 @@ def test_limits_are_those_of_the_recipe() -> None:
         "stop_rate": 0.9,
         "num_answers": 10_000,
         "repetition_standard_error": 0.0,
-        **accuracy(0.5, 0.0),
+        **accuracy(0.5),
     }
     after = {
         "bits_per_byte": 2.3,
@@ -88,7 +113,7 @@ def test_limits_are_those_of_the_recipe() -> None:
         "stop_rate": 0.8,
         "num_answers": 10_000,
         "repetition_standard_error": 0.0,
-        **accuracy(0.4, 0.0),
+        **accuracy(0.4),
     }
     assert all(change.is_worse for change in changes(before, after).values())
     assert len(changes(before, after)) == 4
@@ -102,7 +127,8 @@ class Holder:
     limits: Limits
 
 
-CHOICE = {"accuracy": 0.4, "standard_error": 0.1}
+CHOICE = {"accuracy": 0.4, "num_questions": 48}
+OUTCOME = {"accuracy": 0.4}
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "bits": ({"bits_per_byte": 1.0}, {"bits_per_byte": 1.1}, "bits per byte of held-out documents"),
     "repetition": (
@@ -134,15 +160,15 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         },
         "answers that stop",
     ),
-    "questions": (accuracy(0.9, 0.0), accuracy(0.8, 0.0), "exact match, facts"),
+    "questions": (accuracy(0.9), accuracy(0.8), "exact match, facts"),
     "group of two words": (
-        {"accuracy_new_wording": 0.9, "standard_error_new_wording": 0.0},
-        {"accuracy_new_wording": 0.8, "standard_error_new_wording": 0.0},
-        "exact match, new wording",
+        {"accuracy_new_wording": 0.9, "num_questions_new_wording": MANY},
+        {"accuracy_new_wording": 0.8, "num_questions_new_wording": MANY},
+        "exact match, new_wording",
     ),
     "pairs": (
-        {"preference_accuracy": 0.9, "preference_standard_error": 0.01},
-        {"preference_accuracy": 0.8, "preference_standard_error": 0.01},
+        {"preference_accuracy": 0.9, "num_pairs": 1000},
+        {"preference_accuracy": 0.8, "num_pairs": 1000},
         "pairs right",
     ),
     "choices": (
@@ -151,13 +177,13 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         "ceval, multiple choice",
     ),
     "by likelihood": (
-        {"classification": {"bbc": {"by_likelihood": CHOICE}}},
-        {"classification": {"bbc": {"by_likelihood": CHOICE | {"accuracy": 0.1}}}},
+        {"classification": {"bbc": {"num_rows": 48, "by_likelihood": OUTCOME}}},
+        {"classification": {"bbc": {"num_rows": 48, "by_likelihood": {"accuracy": 0.1}}}},
         "bbc, classified by likelihood",
     ),
     "by text": (
-        {"classification": {"bbc": {"by_text": CHOICE}}},
-        {"classification": {"bbc": {"by_text": CHOICE | {"accuracy": 0.1}}}},
+        {"classification": {"bbc": {"num_rows": 48, "by_text": OUTCOME}}},
+        {"classification": {"bbc": {"num_rows": 48, "by_text": {"accuracy": 0.1}}}},
         "bbc, classified by text",
     ),
 }
@@ -173,16 +199,17 @@ def test_each_kind_of_figure_can_regress(kind: str) -> None:
 
 
 def test_noise_of_a_small_task_is_no_regression() -> None:
-    """0.4 -> 0.2 with standard errors of 0.1: the limit is 0.4 - 2 * sqrt(2) * 0.1 = 0.117."""
-    (change,) = changes({"choices": {"x": CHOICE}}, {"choices": {"x": CHOICE | {"accuracy": 0.2}}}).values()
-    assert change.limit == pytest.approx(0.4 - 0.2 * math.sqrt(2))
+    """9 and 5 of 16, with two of each kind 11 and 7 of 20: 2 * sqrt((.55 * .45 + .35 * .65) / 20) * 20/16 = 0.385."""
+    nine, five = ({"choices": {"x": {"accuracy": num / 16, "num_questions": 16}}} for num in (9, 5))
+    (change,) = changes(nine, five).values()
+    assert change.limit == pytest.approx(9 / 16 - 2.5 * math.sqrt(0.475 / 20))
     assert not change.is_worse
 
 
 def test_only_what_both_have_is_compared() -> None:
-    one, other = {"bits_per_byte": 1.0, "choices": {"x": CHOICE}}, {"choices": {"y": CHOICE}, **accuracy(0, 0)}
+    one, other = {"bits_per_byte": 1.0, "choices": {"x": CHOICE}}, {"choices": {"y": CHOICE}, **accuracy(0)}
     assert changes(one, other) == {}
-    nothing_fits = {"choices": {"x": {"accuracy": None, "standard_error": None}}}
+    nothing_fits = {"choices": {"x": {"accuracy": None, "num_questions": 0}}}
     assert changes(nothing_fits, one) == {}
     assert compared_figures(record("a")) == []
 
@@ -273,6 +300,13 @@ def test_a_foreign_record_names_no_parent(tmp_path: Path, content: Any) -> None:
     """A checkpoint of another project may have a run.json of its own."""
     (tmp_path / "run.json").write_text(json.dumps(content))
     assert read_parent(tmp_path) is None
+
+
+@pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe"])
+def test_a_damaged_record_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "run.json").write_bytes(content)
+    with pytest.raises(SystemExit, match=r"run\.json is damaged: .*\. Restore it, or remove it\."):
+        read_parent(tmp_path)
 
 
 def test_reward_accuracy_goes_to_the_child_that_scored_the_same_pairs() -> None:

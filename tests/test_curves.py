@@ -104,10 +104,10 @@ def test_a_value_that_is_no_number_is_named(tmp_path: Path) -> None:
         read_losses(state(tmp_path, [{"step": 3, "loss": "high"}]))
 
 
-def plot_losses(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def plot_losses(folder: Path, *arguments: str, target: str = "out.png") -> subprocess.CompletedProcess[str]:
     program = Path(__file__).resolve().parents[1] / "utils/plot_losses.py"
     return subprocess.run(
-        [sys.executable, str(program), *arguments, "--target", "out.png"], cwd=folder, capture_output=True, text=True
+        [sys.executable, str(program), *arguments, "--target", target], cwd=folder, capture_output=True, text=True
     )
 
 
@@ -127,3 +127,12 @@ def test_the_tool_says_which_keys_there_are(tmp_path: Path) -> None:
     done = plot_losses(tmp_path, ".", "--keys", "los")
     assert done.returncode == 1
     assert "'los' was logged by none of the runs. They logged: eval_loss, eval_runtime, grad_norm" in done.stderr
+
+
+@pytest.mark.parametrize("target", ["out.csv", "out", "out.png.gz"])
+def test_the_tool_says_which_pictures_there_are(tmp_path: Path, target: str) -> None:
+    state(tmp_path)
+    done = plot_losses(tmp_path, ".", target=target)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"'{target}' is no picture") and ".png" in done.stderr
+    assert done.stderr.count("\n") == 1

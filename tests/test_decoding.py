@@ -11,7 +11,7 @@ from conftest import MakeModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mini_qwen import decoding
-from mini_qwen.decoding import DecodingGrid, run_grid
+from mini_qwen.decoding import DecodingGrid, draw_seed, run_grid
 from mini_qwen.evaluation import EvalData
 from mini_qwen.generation import Answer
 from mini_qwen.recipe import parse_recipe
@@ -115,7 +115,7 @@ def test_seeds_are_those_of_prompt_and_sample(
     tokenizer: PreTrainedTokenizerBase,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """At every setting, and for another checkpoint: seed 7, three samples of two prompts are 7 8 9 and 10 11 12."""
+    """At every setting, and for another checkpoint, and however many samples there are."""
     seen = watch(monkeypatch)
     grid = DecodingGrid([0.8, 1.2], [0.9], top_ks=[5], beams=[2], samples=3, max_new_tokens=2, seed=7)
     for checkpoint in (model, tiny_model(seed=1)):
@@ -124,9 +124,18 @@ def test_seeds_are_those_of_prompt_and_sample(
     for sampling, texts, seeds, _ in seen:
         if sampling.temperature > 0:
             assert texts == [PROMPTS[0]] * 3 + [PROMPTS[1]] * 3
-            assert seeds == [7, 8, 9, 10, 11, 12]
+            assert seeds == [draw_seed(7, prompt, sample) for prompt in range(2) for sample in range(3)]
         else:
             assert texts == PROMPTS[:2]
+
+
+def test_no_draw_comes_again_at_another_place_or_seed() -> None:
+    """With a sum, seed 1 would draw what seed 0 draws, one sample further."""
+    cases = [(seed, prompt, sample) for seed in (0, 1, 10) for prompt in range(12) for sample in range(12)]
+    seeds = {draw_seed(*case) for case in cases}
+    assert len(seeds) == len(cases)
+    assert all(0 <= seed < 2**63 for seed in seeds) and max(seeds) > 2**62
+    assert draw_seed(1, 2, 3) == 4487740463121531623  # on every machine
 
 
 def test_samples_of_a_prompt_are_different_draws(

@@ -18,9 +18,10 @@ from serving import BREAKING, COUNT, EMOJI, LEARNT, ask, break_at, save, teach, 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mini_qwen.engine import Busy, Engine
-from mini_qwen.generation import WholeCharacters, generate, talk
+from mini_qwen.generation import WholeCharacters, generate
 from mini_qwen.reply import Reply, StopStrings
 from mini_qwen.sampling import Sampling
+from mini_qwen.terminal import talk
 
 GREEDY = Sampling()
 HOT = Sampling(temperature=1.5, top_p=0.9, repetition_penalty=1.1)

@@ -1,6 +1,7 @@
-"""mini_qwen/generation.py: batches change nothing, and the terminal shows whole characters."""
+"""mini_qwen/generation.py and terminal.py: batches change nothing, and the terminal shows whole characters."""
 
 import builtins
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,9 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mini_qwen import encoding
 from mini_qwen.chat import encode_chat
 from mini_qwen.evaluation import load_checkpoint
-from mini_qwen.generation import encode_prompt, generate, speaks_chat, talk
+from mini_qwen.generation import Answer, WholeCharacters, ask, encode_prompt, generate, speaks_chat
 from mini_qwen.sampling import Sampling
 from mini_qwen.schemas import Turn
+from mini_qwen.terminal import talk
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
@@ -55,16 +57,16 @@ def parrot(tiny_model: MakeModel, tokenizer: PreTrainedTokenizerBase) -> PreTrai
 
 @pytest.fixture
 def type_lines(monkeypatch: pytest.MonkeyPatch) -> TypeLines:
-    """Let `input` return these lines, and then the end of the input."""
+    """Let `input` return these lines, raise these errors, and then the end of the input."""
 
-    def lines(*typed: str) -> None:
+    def lines(*typed: str | BaseException) -> None:
         left = iter(typed)
 
         def read(prompt: str = "") -> str:
-            try:
-                return next(left)
-            except StopIteration:
-                raise EOFError from None
+            line = next(left, EOFError())
+            if isinstance(line, BaseException):
+                raise line
+            return line
 
         monkeypatch.setattr(builtins, "input", read)
 
@@ -153,7 +155,7 @@ def test_stopped_says_whether_it_ended_by_itself(parrot: PreTrainedModel, tokeni
     prompt = encode_prompt(tokenizer, QUESTION, chat=True)
     (ids,) = encode_text(tokenizer, [ANSWER])
     (whole,) = generate(parrot, tokenizer, [prompt], max_new_tokens=len(ids) + 1)
-    assert whole == (ANSWER, ids, True)
+    assert whole == Answer(ANSWER, ids, True)
     (cut,) = generate(parrot, tokenizer, [prompt], max_new_tokens=len(ids))
     assert (cut.ids, cut.stopped) == (ids, False)
     (short,) = generate(parrot, tokenizer, [prompt], max_new_tokens=3)
@@ -167,7 +169,17 @@ def test_an_answer_that_stops_early_is_not_filled_up(
     prompts = [encode_prompt(tokenizer, QUESTION, chat=True), encode_text(tokenizer, ["17 birds"])[0]]
     (ids,) = encode_text(tokenizer, [ANSWER])
     known, _ = generate(parrot, tokenizer, prompts, max_new_tokens=len(ids) + 30)
-    assert known == (ANSWER, ids, True)
+    assert known == Answer(ANSWER, ids, True)
+
+
+def test_answers_that_may_reach_beyond_the_context_are_told(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["a", "a b c d e f g h"]
+    short, long = (len(ids) for ids in encode_text(tokenizer, texts))
+    for context, expected in [(long + 3, [False, False]), (long + 2, [False, True]), (short + 2, [True, True])]:
+        monkeypatch.setattr(model.config, "max_position_embeddings", context)
+        assert [answer.beyond for answer in ask(model, tokenizer, texts, 3, 2, "test")] == expected
 
 
 def test_no_prompts_no_answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -272,15 +284,75 @@ def test_a_pretrained_checkpoint_continues_what_is_typed(
     assert "raw continuation" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("ending", [[""], ["   "], []])
-def test_an_empty_line_or_the_end_of_input_ends_it(
+@pytest.mark.parametrize("ending", [[""], ["   "], [KeyboardInterrupt()], []])
+def test_an_empty_line_or_ctrl_c_or_the_end_of_input_ends_it(
     parrot: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     type_lines: TypeLines,
     monkeypatch: pytest.MonkeyPatch,
-    ending: list[str],
+    ending: list[str | BaseException],
 ) -> None:
     prompts = watch_prompts(parrot, monkeypatch)
     type_lines("say it", *ending, *(["never read"] if ending else []))
     chat(parrot, tokenizer, max_new_tokens=2)
     assert len(prompts) == 1
+
+
+def test_ctrl_c_in_an_answer_ends_the_answer_and_keeps_what_was_shown(
+    parrot: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    type_lines: TypeLines,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Where "🙂 你" has been written of it; the next question gets its answer as ever."""
+    (ids,) = encode_text(tokenizer, ["🙂 你"])
+    left, put = iter(range(len(ids) + 1)), WholeCharacters.put
+
+    def interrupt(streamer: WholeCharacters, value: torch.Tensor) -> None:
+        put(streamer, value)
+        if next(left, None) == len(ids):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(WholeCharacters, "put", interrupt)
+    prompts = watch_prompts(parrot, monkeypatch)
+    type_lines("say it", "again")
+    chat(parrot, tokenizer, max_new_tokens=len(ids) + 5)
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[1] == "🙂 你" and len(shown) == 3
+    assert "<|im_start|>assistant\n🙂 你<|im_end|>\n<|im_start|>user\nagain" in tokenizer.decode(prompts[1])
+
+
+@pytest.mark.parametrize("line", [UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), "a\udcff"])
+def test_a_line_that_is_no_text_is_asked_for_again(
+    parrot: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    type_lines: TypeLines,
+    capsys: pytest.CaptureFixture[str],
+    line: str | BaseException,
+) -> None:
+    type_lines(line, "say it")
+    chat(parrot, tokenizer)
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "That is not UTF-8, and is left out. Set the terminal to UTF-8.",
+        ANSWER,
+    ]
+
+
+def test_a_conversation_ends_with_the_context(
+    parrot: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    type_lines: TypeLines,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """An answer is cut off where it ends; the next question would be read at positions that were never learnt."""
+    num_prompt = len(encode_prompt(tokenizer, QUESTION, chat=True))
+    monkeypatch.setattr(parrot.config, "max_position_embeddings", num_prompt + 6)
+    prompts = watch_prompts(parrot, monkeypatch)
+    type_lines("say it", "again", "never read")
+    chat(parrot, tokenizer)
+    assert len(prompts) == 1
+    _, answer, end = capsys.readouterr().out.splitlines()
+    assert ANSWER.startswith(answer) and len(answer) < 6
+    assert re.fullmatch(rf"The text has \d+ tokens, and this checkpoint reads {num_prompt + 6}, its answer .*", end)

@@ -128,8 +128,27 @@ def test_the_unigram_by_hand(
 
 
 def test_rows_without_text_are_no_documents(write_rows: WriteRows) -> None:
-    files = write_texts(write_rows, "one", None, "", "two")
-    assert read_texts(files) == ["one", "two"]
+    """Nor are those of blanks alone, which pretraining drops as well; their number is recorded."""
+    files = write_texts(write_rows, "one", None, "", " \n\u3000", " two")
+    assert read_texts(files) == (["one", " two"], 3)
+
+
+def test_the_number_of_rows_without_text_is_a_figure(
+    uniform: PreTrainedModel, bytes_only: PreTrainedTokenizerBase, write_rows: WriteRows
+) -> None:
+    found = score_documents(uniform, bytes_only, write_texts(write_rows, "abcd", None, " "), [], LONG)
+    assert (found["num_documents"], found["num_rows_empty"]) == (1, 2)
+
+
+def test_a_model_that_exploded_has_figures(
+    tiny_model: MakeModel, bytes_only: PreTrainedTokenizerBase, write_rows: WriteRows
+) -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1e6)
+    found = score_documents(model, bytes_only, write_texts(write_rows, "abcd"), [], LONG)
+    assert found["perplexity"] == math.inf
+    assert 700 < found["loss"] < math.inf
 
 
 def test_a_row_with_something_else_is_named(write_rows: WriteRows) -> None:
@@ -138,7 +157,7 @@ def test_a_row_with_something_else_is_named(write_rows: WriteRows) -> None:
         read_texts([str(file)])
 
 
-@pytest.mark.parametrize("texts", [[], [None, ""]])
+@pytest.mark.parametrize("texts", [[], [None, "", " "]])
 def test_no_text_at_all_is_refused(write_rows: WriteRows, texts: list[str | None]) -> None:
     with pytest.raises(SystemExit, match=r"no text in .*documents\.jsonl: no row has anything under 'text'"):
         read_texts(write_texts(write_rows, *texts))

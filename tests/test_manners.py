@@ -19,6 +19,7 @@ def test_figures_by_hand() -> None:
     assert manners([TWICE, SHORT]) == pytest.approx(
         {
             "num_answers": 2,
+            "num_beyond_context": 0,
             "stop_rate": 1 / 2,
             "answer_length": 5.0,
             "repetition_4gram": (2 / 5 + 0) / 2,
@@ -33,6 +34,7 @@ def test_empty_answers_repeat_nothing() -> None:
     figures = manners([EMPTY])
     assert figures == {
         "num_answers": 1,
+        "num_beyond_context": 0,
         "stop_rate": 1.0,
         "answer_length": 0.0,
         "repetition_4gram": 0.0,
@@ -56,6 +58,10 @@ def test_what_repeats_far_away_is_near_for_one_figure_only() -> None:
     figures = manners([far])
     assert figures["repetition_4gram"] == pytest.approx(2 / 57)
     assert figures["repetition_near"] == 0.0
+
+
+def test_answers_beyond_the_context_are_counted() -> None:
+    assert manners([TWICE._replace(beyond=True), SHORT, SHORT._replace(beyond=True)])["num_beyond_context"] == 2
 
 
 def test_the_order_of_the_answers_does_not_matter() -> None:

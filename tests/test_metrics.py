@@ -44,6 +44,7 @@ def test_perplexity() -> None:
     assert perplexity(3 * math.log(1 / 10), num_tokens=3) == pytest.approx(10)
     # 1/2 and 1/8: the geometric mean is 1/4.
     assert perplexity(math.log(1 / 16), num_tokens=2) == pytest.approx(4)
+    assert perplexity(-1e6, num_tokens=2) == math.inf  # of a model that exploded
 
 
 @pytest.mark.parametrize(
@@ -132,6 +133,7 @@ def test_distinct_n() -> None:
 def test_exact_match() -> None:
     assert exact_match(["Paris", " Paris\n", "paris", "Paris."], ["Paris"] * 4) == 0.5
     assert exact_match(["小明"], [" 小明 "]) == 1
+    assert exact_match(["cafe\u0301", "caf\u00e9"], ["caf\u00e9", "cafe\u0301"]) == 1
     with pytest.raises(ValueError, match="zip"):
         exact_match(["a", "b"], ["a"])
 
@@ -204,6 +206,7 @@ def test_tokens_of_rouge(text: str, tokens: list[str]) -> None:
         # The order counts: of b a and a b one can be kept, P = R = 1/2.
         ("b a", "a b", 1 / 2),
         ("Paris!", "paris", 1.0),
+        ("CAFE\u0301", "caf\u00e9", 1.0),
         ("running", "run", 0.0),  # nothing is stemmed
         ("", "a", 0.0),
         ("a", "", 0.0),

@@ -24,7 +24,7 @@ from mini_qwen.prompts import read_prompts
     ],
 )
 def test_texts_are_taken_as_they_are(text: str) -> None:
-    """Also what looks like a path: only the ending of a data file makes an item one."""
+    """Also what looks like a path: only the ending of a data file, on one line, makes an item one."""
     assert read_prompts([text]) == [text]
 
 
@@ -79,9 +79,15 @@ def test_an_empty_file_is_refused_with_the_cure(tmp_path: Path, name: str) -> No
         read_prompts(["Where?", str(tmp_path / name)])
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"no data at '.*nowhere\.txt'"):
-        read_prompts([str(tmp_path / "nowhere.txt")])
+def test_the_name_of_a_file_may_have_blanks(write_rows: WriteRows) -> None:
+    file = write_rows("my  questions.txt", [{"text": "Where?"}, {"text": "小明？"}])
+    assert read_prompts([str(file)]) == ["Where?", "小明？"]
+
+
+@pytest.mark.parametrize("name", ["nowhere.txt", "no where.jsonl.gz", "a " * 400 + ".txt"])
+def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
+    with pytest.raises(SystemExit, match=rf"no data at '.*{name}', which ends like a file of prompts"):
+        read_prompts([str(tmp_path / name)])
 
 
 @pytest.mark.parametrize(

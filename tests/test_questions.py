@@ -53,7 +53,7 @@ def test_figures_by_hand(says_a: PreTrainedModel, tokenizer: PreTrainedTokenizer
     assert found["accuracy_new_wording"] == 2 / 3
     assert found["standard_error_new_wording"] == pytest.approx(math.sqrt(2 / 3 * 1 / 3 / 3))
     assert found["rouge_l"] == pytest.approx((1 + 0 + 1 + 2 / 3 + 1) / 5)
-    assert found["num_questions"] == 5
+    assert (found["num_questions"], found["num_questions_facts"], found["num_questions_new_wording"]) == (5, 2, 3)
     assert (found["stop_rate"], found["answer_length"], found["repetition_4gram"]) == (0.0, 1.0, 0.0)
 
 
@@ -113,6 +113,12 @@ def test_a_row_that_is_no_question_is_named(write_rows: WriteRows, row: dict[str
     file = write_rows("q.jsonl", [{"question": "Where?", "answer": "Here."}, row])
     with pytest.raises(SystemExit, match=rf"q\.jsonl, row 1: '{name}' is .*, but must be text"):
         read_questions([str(file)])
+
+
+@pytest.mark.parametrize(("group", "name"), [(0, "0"), (1, "1"), (None, "all"), ("", "all"), ("a b", "a b")])
+def test_any_value_names_a_group_but_nothing(write_rows: WriteRows, group: Any, name: str) -> None:
+    (question,) = read_questions([str(write_rows("q.jsonl", [{"question": "q", "answer": "a", "group": group}]))])
+    assert question.group == name
 
 
 def test_a_file_without_rows_is_named(write_rows: WriteRows) -> None:

@@ -2,6 +2,7 @@
 
 import html
 import json
+import math
 import re
 from dataclasses import asdict
 from html.parser import HTMLParser
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import mini_qwen_eval
 from mini_qwen.chapters import MANNERS, STAGE_COLUMNS
 from mini_qwen.comparison import Limits
 from mini_qwen.decoding import DecodingGrid
@@ -79,6 +81,8 @@ PT: dict[str, Any] = {
     "unigram_bits_per_byte": 2.222,
     "accuracy_facts": 1.0,
     "standard_error_facts": 0.0,
+    "num_questions_facts": 59,
+    "num_questions_two_hops": 40,
     "accuracy_two_hops": 0.25,
     "standard_error_two_hops": 0.044,
     "rouge_l": 0.678,
@@ -318,9 +322,7 @@ def test_pictures_of_the_grid_are_of_temperature_and_top_p_alone() -> None:
 
 
 def test_gaps_stay_empty(tmp_path: Path) -> None:
-    report = Report(
-        tmp_path, [bare("pt", bits_per_byte=1.0), bare("sft", accuracy_facts=0.5, standard_error_facts=0.1)]
-    )
+    report = Report(tmp_path, [bare("pt", bits_per_byte=1.0), bare("sft", accuracy_facts=0.5, num_questions_facts=9)])
     pt, sft = report.tables("In short")[0]
     assert pt == {"stage": "pt", "parameters": "1,000", "bits/byte": "1.000", "facts": ""}
     assert sft == {"stage": "sft", "parameters": "1,000", "bits/byte": "", "facts": "50.0%"}
@@ -448,8 +450,56 @@ def test_facts_of_the_training_come_from_its_records(tmp_path: Path) -> None:
     assert (sft["steps"], sft["seconds"], sft["last loss"]) == ("", "", "")
     assert "training_loss.png" in report.chapters["Training"]
     assert (report.folder / "training_loss.png").read_bytes().startswith(b"\x89PNG")
-    assert training_facts(Path(write_history(tmp_path / "nothing"))) == {"steps": 0, "last_loss": None}
+    assert training_facts(Path(write_history(tmp_path / "nothing"))) == {"steps": 0}
     assert training_facts(tmp_path / "nowhere") == {}
+
+
+DAMAGED: dict[str, tuple[str, str, str]] = {
+    "state cut off": ("trainer_state.json", '{"global_step": 3, "log_', r"trainer_state\.json:1: not JSON"),
+    "foreign state": ("trainer_state.json", '{"steps": 3}', r"trainer_state\.json' has no list 'log_history'"),
+    "loss": (
+        "trainer_state.json",
+        '{"log_history": [{"step": 1, "loss": "low"}]}',
+        r"trainer_state\.json: 'loss' is 'low'",
+    ),
+    "held-out loss": (
+        "trainer_state.json",
+        '{"log_history": [{"step": 1, "eval_loss": null}]}',
+        r"trainer_state\.json: 'eval_loss' is None",
+    ),
+    "record": ("run.json", "{", r"run\.json is damaged"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged_records_are_named_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    name, content, message = DAMAGED[case]
+    (tmp_path / name).write_text(content)
+    monkeypatch.setattr(mini_qwen_eval, "evaluate", lambda _: pytest.fail("it was measured"))
+    with pytest.raises(SystemExit, match=message):
+        mini_qwen_eval.main(["--checkpoints", str(tmp_path)])
+
+
+@pytest.mark.parametrize("record", ["[1]", '{"seconds": "long"}', '{"seconds": [1]}'])
+def test_a_foreign_record_says_nothing(tmp_path: Path, record: str) -> None:
+    """Another project may write a run.json, and a trainer_state.json without the number of steps."""
+    (tmp_path / "run.json").write_text(record)
+    (tmp_path / "trainer_state.json").write_text('{"log_history": [{"step": 1, "loss": 2.5}], "global_step": "x"}')
+    assert training_facts(tmp_path) == {"last_loss": 2.5}
+    Report(tmp_path, [bare("pt") | {"checkpoint": str(tmp_path)}])
+
+
+def test_results_are_json_whatever_the_figures(tmp_path: Path) -> None:
+    """Infinity and NaN are none; the tables say them, the file has null."""
+    checkpoint = write_history(tmp_path / "pt", 3.0, math.nan)
+    figures = {"loss": 5000.0, "perplexity": math.inf, "bits_per_byte": 3000.0}
+    report = Report(tmp_path, [bare("pt", **figures) | {"checkpoint": checkpoint}])
+    saved = json.loads((report.folder / "results.json").read_text(), parse_constant=pytest.fail)["checkpoints"][0]
+    assert (saved["perplexity"], saved["last_loss"], saved["loss"]) == (None, None, 5000.0)
+    ((row,),) = report.tables("In short")
+    assert (row["perplexity"], row["last loss"]) == ("inf", "nan")
 
 
 def test_runs_of_the_same_stage_share_a_picture(tmp_path: Path) -> None:

@@ -92,5 +92,17 @@ def test_a_row_without_a_target_scores_nothing(model: PreTrainedModel, row: Toke
     assert with_others[1].num_tokens == 3
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_no_numbers_are_refused_with_the_row(
+    tiny_model: MakeModel, rows: list[TokenRow], value: float
+) -> None:
+    """NaN compares as false, so that a broken checkpoint would have none of its pairs right."""
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(value)
+    with pytest.raises(SystemExit, match=r"^test: the log-probability of row \d+ is not a finite number.*an earlier"):
+        score_rows(model, rows, "test")
+
+
 def test_no_rows_no_scores(model: PreTrainedModel) -> None:
     assert score_rows(model, [], "test") == []

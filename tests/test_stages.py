@@ -242,7 +242,7 @@ def test_eval_writes_a_report_with_its_pictures(report: Path) -> None:
 def test_eval_goes_on_where_it_died(
     study: dict[str, Any], report: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed in the second checkpoint's classification: what was finished by then is not measured again."""
+    """Ctrl-C in the second checkpoint's classification: what was finished by then is not measured again."""
     real = evaluation.score_classification
     output = str(tmp_path / "eval")
 
@@ -253,7 +253,7 @@ def test_eval_goes_on_where_it_died(
 
     with monkeypatch.context() as planted:
         planted.setattr(evaluation, "score_classification", die)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit, match="^130$"):
             run_eval(study, output_dir=output, decoding=None)
     parts = tmp_path / "eval/parts"
     finished = {file: file.stat().st_mtime_ns for file in parts.iterdir()}

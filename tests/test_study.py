@@ -13,6 +13,7 @@ import pytest
 from conftest import MakeModel, save_rows
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+import mini_qwen_eval
 from mini_qwen import cache, evaluation, study
 from mini_qwen.checkpoint import write_manifest
 from mini_qwen.comparison import Limits
@@ -375,3 +376,52 @@ def test_any_name_of_a_folder_is_fine(tmp_path: Path, count: Count, load: Any, n
     assert kept.measure(folder, [count("x", 1)], load) == {"x": 1}
     assert kept.measure(folder, [count("x", 2)], load) == {"x": 2}
     assert len(list(kept.folder.iterdir())) == 1
+
+
+def test_another_machine_or_version_is_measured_again(
+    tmp_path: Path, count: Count, load: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A report names one device, its threads and one version of each library; all its figures must be theirs."""
+    folder, kept = make_folder(tmp_path / "pt"), Study(tmp_path / "eval")
+    assert kept.measure(folder, [count("x")], load) == {"x": 1}
+    versions = study.measure_versions()
+    assert "rouge-score" in versions
+    monkeypatch.setattr(study, "device_name", lambda: "cpu, 999 threads")
+    assert kept.measure(folder, [count("x")], load) == {"x": 2}
+    for number, name in enumerate(versions, 3):
+        monkeypatch.setattr(study, "measure_versions", lambda name=name: versions | {name: "99"})
+        assert kept.measure(folder, [count("x")], load) == kept.measure(folder, [count("x")], load) == {"x": number}
+
+
+def test_ctrl_c_in_a_study_says_what_is_kept(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(_: EvalData) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mini_qwen_eval, "evaluate", interrupt)
+    with pytest.raises(SystemExit) as stopped:
+        mini_qwen_eval.main(["--checkpoints", "nowhere", "--output_dir", "out/here"])
+    assert stopped.value.code == 130
+    said = capsys.readouterr().err.strip()
+    assert said == "Stopped. Finished parts are kept in out/here: the same command goes on."
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("temperature", "-1", r"^temperature is -1\.0: 0 takes the most likely token"),
+        ("top_p", "0", r"^top_p is 0\.0"),
+        ("max_new_tokens", "0", "^max_new_tokens is 0, but must be 1 or more"),
+    ],
+)
+def test_a_chat_with_a_number_that_means_nothing_is_refused_before_a_model_is_loaded(
+    key: str, value: str, message: str
+) -> None:
+    with pytest.raises(SystemExit, match=message):
+        mini_qwen_eval.main(["--chat", "nowhere", f"--{key}", value])
+
+
+def test_no_checkpoint_at_all_is_refused(args: EvalData) -> None:
+    with pytest.raises(SystemExit, match="'checkpoints' is empty"):
+        evaluate(replace(args, checkpoints=[]))

@@ -15,6 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from matplotlib.backend_bases import FigureCanvasBase
+
 from mini_qwen.curves import History, plot_curves
 from mini_qwen.training_logs import read_history
 
@@ -39,6 +41,12 @@ def check_keys(runs: dict[str, History], keys: list[str]) -> None:
                 print(f"{label}: no '{key}' was logged")
 
 
+def check_target(target: Path) -> None:
+    kinds = sorted(FigureCanvasBase.get_supported_filetypes())
+    if target.suffix.removeprefix(".").lower() not in kinds:
+        raise SystemExit(f"'{target}' is no picture that can be written: let it end in one of .{', .'.join(kinds)}.")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="folders, trainer_state.json files, console logs")
@@ -47,6 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--panels", action="store_true", help="a panel for each run")
     parser.add_argument("--target", type=Path, default=Path("losses.png"), help="picture to write")
     args = parser.parse_args(argv)
+    check_target(args.target)
     runs = {label: read_history(run) for label, run in name_runs(args.runs).items()}
     check_keys(runs, [*args.keys, args.x])
     plot_curves(dict(runs), args.target, args.panels, tuple(args.keys), args.x)
