@@ -15,6 +15,7 @@ Writes: output_dir, with report.md, report.html (one file, opens anywhere), resu
 import sys
 import time
 
+import torch
 from transformers.utils import logging
 
 from mini_qwen.circumstances import circumstances, device_name
@@ -23,6 +24,7 @@ from mini_qwen.recipe import parse_recipe
 from mini_qwen.report import check_records, write_report
 from mini_qwen.study import measure_versions
 from mini_qwen.terminal import talk
+from mini_qwen.threads import threads_of_each
 from mini_qwen.training import choose_precision
 from mini_qwen.watch import call_when_orphaned, end_as_orphan
 
@@ -31,6 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     call_when_orphaned(end_as_orphan)
     (args,) = parse_recipe(EvalData, argv=argv, default="recipes/eval.yaml")
     logging.set_verbosity_error()
+    torch.set_num_threads(threads_of_each(1))
 
     if args.chat is not None:
         check_sizes(args)

@@ -50,7 +50,7 @@ def write_plainly(folder: Path, num_bytes: int) -> float:
 def measure(folder: Path, num_bytes: int) -> dict[str, float]:
     plain = write_plainly(folder / "unfinished", num_bytes)
     started = time.perf_counter()
-    write_manifest(folder / "unfinished", {})
+    write_manifest(folder / "unfinished", {}, 0.0)
     publish(folder / "unfinished", folder / "checkpoint-1")
     verified = time.perf_counter() - started
     started = time.perf_counter()

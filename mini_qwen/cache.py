@@ -95,6 +95,7 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
             build(unfinished)
             seal(unfinished)
             unfinished.rename(folder)
+            sync(folder.parent)
     finally:
         lock.release()
     return folder
@@ -106,12 +107,11 @@ def seal(folder: Path) -> None:
     A ledger or a layout names places, which are no part of the data.
     """
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != DIGEST)
-    for file in files:
-        sync(file)
     data = [file for file in files if file.suffix != ".json"]
     names = [str(file.relative_to(folder)) for file in data]
     (folder / DIGEST).write_text(hash_of(list(zip(names, hash_files(data), strict=True))), encoding="utf-8")
-    sync(folder / DIGEST)
+    for path in [*files, folder / DIGEST, *{file.parent for file in files}, folder]:
+        sync(path)
 
 
 def prepare_parts(cache_dir: str, sources: dict[str, list[Path]], preparation: Preparation) -> dict[str, list[Part]]:

@@ -24,7 +24,7 @@ def hash_content(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def write_manifest(folder: Path, fingerprint: dict[str, Any], seconds: float = 0.0) -> None:
+def write_manifest(folder: Path, fingerprint: dict[str, Any], seconds: float) -> None:
     """Hash all files below `folder`, write its manifest.json with the run's seconds so far, and sync everything."""
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST)
     entries = {

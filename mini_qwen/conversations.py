@@ -96,7 +96,7 @@ def add_replay(
 ) -> list[Phase]:
     """The phases with their share of the documents to replay."""
     tokens = {path: sum(part.num_tokens for part in parts) for path, parts in sources.items()}
-    # What is held out is not trained on. Nearly: which rows these are is not known yet.
+    # What is held out is not trained on. Nearly: which rows these are, and which equal them, is not known yet.
     num_rows = sum(part.ledger.rows_kept for parts in sources.values() for part in parts)
     trained_share = max(0.0, 1 - data.eval_rows / max(1, num_rows))
     available = sum(part.num_tokens for parts in replayed.values() for part in parts)

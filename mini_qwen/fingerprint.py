@@ -86,7 +86,8 @@ def hash_rows(rows: Blocks | Dataset) -> str:
     """
     blocks = rows if isinstance(rows, Blocks) else getattr(rows, "blocks", None)
     if blocks is not None:
-        return hash_of([(folder / DIGEST).read_text() for folder in (blocks.folder.parent, *blocks.store.folders)])
+        digests = [(folder / DIGEST).read_text() for folder in (blocks.folder.parent, *blocks.store.folders)]
+        return hash_of([blocks.isolate, *digests])
     digest = hashlib.sha256()
     names = sorted(name for name in rows.column_names if name.endswith("_ids"))
     assert names, rows.column_names

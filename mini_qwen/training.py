@@ -165,8 +165,8 @@ class PreferenceConfig(StageKeys, DPOConfig):
         ("dataset_num_proc", "padding_free", "pad_token", "pad_to_multiple_of", "truncation_mode"),
         "nothing: pairs are prepared by mini_qwen.preferences, see docs/data.md",
     )
-    # The reference would be scored by layers that are not compiled, and differ from the policy in its last digits.
     decided["label_smoothing_factor"] = "label_smoothing"
+    # The reference would be scored by layers that are not compiled, and differ from the policy in its last digits.
     decided["compile_layers"] = "nothing: layers are compiled in PT and SFT, where all batches have like sizes"
     gradient_checkpointing: bool | None = None
     train_sampling_strategy: str = "group_by_length"  # batches of pairs of like length, see mini_qwen/sampler.py

@@ -106,7 +106,7 @@ def test_every_damage_to_every_file_is_found_and_the_checkpoint_before_is_used(
 
 def test_every_bit_of_a_manifest(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "checkpoint-1", {"a": b"1234", "deep/b": b""})
-    write_manifest(folder, {"seed": 1, "learning_rate": 1e-4})
+    write_manifest(folder, {"seed": 1, "learning_rate": 1e-4}, 0.0)
     content = (folder / MANIFEST).read_bytes()
     assert read_manifest(folder)["fingerprint"] == {"seed": 1, "learning_rate": 1e-4}
     for place in range(len(content)):
@@ -123,7 +123,7 @@ def test_any_flipped_bit_is_found(
     tmp_path_factory: pytest.TempPathFactory, content: bytes, place: int, bit: int
 ) -> None:
     folder = make_folder(tmp_path_factory.mktemp("flip"), {"weights": content})
-    write_manifest(folder, {})
+    write_manifest(folder, {}, 0.0)
     flipped = bytearray(content)
     flipped[place % len(content)] ^= 1 << bit
     (folder / "weights").write_bytes(flipped)

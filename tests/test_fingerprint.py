@@ -33,10 +33,10 @@ def pair(number: int, word: str) -> dict[str, Any]:
 def test_one_other_word_is_other_data(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, stage: str) -> None:
     make = {"pt": document, "sft": conversation, "dpo": pair}[stage]
 
-    def hash_of(folder: Path) -> str:
+    def hash_of(folder: Path, **changes: Any) -> str:
         files, cache = [str(folder / "rows.jsonl")], str(folder / "cache")
         if stage == "pt":
-            data = DocumentData(files, cache_dir=cache, block_size=8, eval_rows=2)
+            data = DocumentData(files, cache_dir=cache, block_size=8, eval_rows=2, **changes)
             return hash_rows(prepare_documents(data, tokenizer, 1)[0])
         if stage == "sft":
             spoken = ConversationData(files, cache_dir=cache, packing=False)
@@ -53,5 +53,8 @@ def test_one_other_word_is_other_data(tokenizer: PreTrainedTokenizerBase, tmp_pa
 
     hashes = [hash_of(write(str(changed), changed)) for changed in (None, 0, 17, 31, NUM_ROWS - 1)]
     assert len(set(hashes)) == 5
+    if stage == "pt":
+        assert hash_of(tmp_path / "None", isolate_documents=False) not in hashes
+        assert hash_of(tmp_path / "None", packing="cut") not in hashes
     moved = Path(shutil.copytree(tmp_path / "None", tmp_path / "elsewhere", ignore=shutil.ignore_patterns("cache")))
     assert hash_of(moved) == hashes[0]  # prepared anew, of a file with another name and time

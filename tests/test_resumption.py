@@ -158,7 +158,7 @@ def test_what_does_not_change_the_run_may_change(road: Path, copied: Path, progr
 def test_other_versions_are_another_run(road: Path, copied: Path, programs: Programs) -> None:
     checkpoint = copied / "checkpoint-2"
     fingerprint = read_manifest(checkpoint)["fingerprint"]
-    write_manifest(checkpoint, fingerprint | {"versions.torch": "1.0.0", "versions.trl": "0.1"})
+    write_manifest(checkpoint, fingerprint | {"versions.torch": "1.0.0", "versions.trl": "0.1"}, 0.0)
     done = programs.run("pt", resuming(road, copied))
     assert "versions.torch was '1.0.0', is '2" in done.output and "versions.trl was '0.1'" in done.output
     assert programs.run("pt", resuming(road, copied, allow_changes="versions")).code == 0

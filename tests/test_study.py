@@ -199,14 +199,14 @@ def test_with_a_manifest_only_what_it_says_counts(workspace: Workspace, tmp_path
     folder = tmp_path / "sft"
     shutil.copytree(workspace.checkpoints / "sft", folder)
     args = replace(workspace.args, checkpoints=[str(folder)], output_dir=str(tmp_path / "eval"), parts=["documents"])
-    write_manifest(folder, {})
+    write_manifest(folder, {}, 0.0)
     evaluate(args)
     before = find_parts(args.output_dir)
     with changed(folder / "model.safetensors"):
         evaluate(args)
     assert find_parts(args.output_dir) == before
     (folder / "note.txt").write_text("another file")
-    write_manifest(folder, {})
+    write_manifest(folder, {}, 0.0)
     evaluate(args)
     assert measured(before, find_parts(args.output_dir)) == {"sft model", "sft documents"}
 

@@ -77,7 +77,7 @@ def test_resuming_runs_no_code(
     def resume(name: str) -> tuple[str, int]:
         forged = Path(shutil.copytree(folder, tmp_path / f"forged {name}"))
         form(forged / "checkpoint-3" / name, Planted(witness))
-        write_manifest(forged / "checkpoint-3", read_manifest(folder / "checkpoint-3")["fingerprint"])
+        write_manifest(forged / "checkpoint-3", read_manifest(folder / "checkpoint-3")["fingerprint"], 0.0)
         again = arguments("pt", road, output_dir=forged, resume_from_checkpoint="true", **shared)
         return name, programs.run("pt", again).code
 
