@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from mini_qwen.chat import TokenRow
 from mini_qwen.encoding import text_encoder
 from mini_qwen.files import count_rows, identity
-from mini_qwen.integrity import hash_files, sync
+from mini_qwen.integrity import hash_files, sync, sync_all
 from mini_qwen.ledger import Ledger
 from mini_qwen.rows import Row, check_columns
 from mini_qwen.store import STATE, StoreWriter
@@ -106,12 +106,11 @@ def seal(folder: Path) -> None:
 
     A ledger or a layout names places, which are no part of the data.
     """
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != DIGEST)
-    data = [file for file in files if file.suffix != ".json"]
+    files = (file for file in folder.rglob("*") if file.is_file() and file.name != DIGEST)
+    data = sorted(file for file in files if file.suffix != ".json")
     names = [str(file.relative_to(folder)) for file in data]
     (folder / DIGEST).write_text(hash_of(list(zip(names, hash_files(data), strict=True))), encoding="utf-8")
-    for path in [*files, folder / DIGEST, *{file.parent for file in files}, folder]:
-        sync(path)
+    sync_all(folder)
 
 
 def prepare_parts(cache_dir: str, sources: dict[str, list[Path]], preparation: Preparation) -> dict[str, list[Part]]:

@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from mini_qwen.integrity import hash_files, sync
+from mini_qwen.integrity import hash_files, sync, sync_all
 
 MANIFEST = "manifest.json"
 UNFINISHED = ".unfinished"
@@ -35,8 +35,7 @@ def write_manifest(folder: Path, fingerprint: dict[str, Any], seconds: float) ->
     content["sha256"] = hash_content(content)
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    for path in [*files, manifest, *{file.parent for file in files}, folder]:
-        sync(path)
+    sync_all(folder)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -1,11 +1,13 @@
 """Where and with what a run takes place: versions, commit, command, machine. Part of every record."""
 
+import contextlib
 import importlib.metadata
 import os
 import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,12 +28,14 @@ def device_name() -> str:
 
 def versions() -> dict[str, str]:
     """Of Python and of the packages that decide what a run does; those that are not installed are left out."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
+    return {"python": platform.python_version()} | versions_of(PACKAGES)
+
+
+def versions_of(packages: Iterable[str]) -> dict[str, str]:
+    found = {}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
 
 

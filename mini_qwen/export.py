@@ -14,7 +14,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 from mini_qwen.checkpoint import UNFINISHED, step_of
 from mini_qwen.disk import OTHER_FILES, gigabytes
 from mini_qwen.files import brief
-from mini_qwen.integrity import sync
+from mini_qwen.integrity import sync, sync_all
 from mini_qwen.model import check_checkpoint, check_vocabulary
 from mini_qwen.templates import safe_template
 from mini_qwen.tokenizer import load_tokenizer
@@ -146,8 +146,7 @@ def written_whole(target: Path, num_bytes: int) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         yield aside
-        for file in aside.iterdir():
-            sync(file)
+        sync_all(aside)
         if place.is_dir():
             place.rmdir()  # raises where it is no longer empty
         aside.rename(place)

@@ -26,3 +26,9 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_all(folder: Path) -> None:
+    """The same for a folder and all that is in it."""
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)

@@ -15,11 +15,10 @@ from mini_qwen.cache import Part, build_once, hash_of, source_hash, sum_ledgers
 from mini_qwen.files import DataKeys, find_files
 from mini_qwen.ledger import Ledger
 from mini_qwen.packing import Packed, lengths_of
-from mini_qwen.store import TokenStore
+from mini_qwen.store import WINDOW, TokenStore, windows_of
 from mini_qwen.twins import choose_held_out, find_twins
 
 BLOCK_MODULES = ("blocks", "mixture", "packing", "twins")  # what decides the blocks, beside the rows and the recipe
-WINDOW = 1 << 20  # rows that are packed together; bounds the memory that packing takes
 
 # Recipe value of `train_files`: files and folders, each taken once; or how many times each is taken, such as 0.5 or 2;
 # or a list of such mixtures, trained on one after the other.
@@ -123,10 +122,12 @@ def arrange(
         num_rows = sum(len(rows[path]) for path in plan.held_out_of)
         held_out = choose_held_out(num_rows, plan.eval_rows if num_rows else 0, plan.seed)  # if none, the ledger stops
         twins = find_twins(store, held_out)
+        away = np.union1d(held_out, twins)
         ledger = sum_ledgers(sources)
-        count_taken(ledger, store, plan, rows, held_out, twins)
+        count_away(ledger, store, held_out, twins)
+        count_taken(ledger, store, plan, rows, away)
 
-        windows = phase_rows(plan.phases, rows, np.union1d(held_out, twins), plan.seed)
+        windows = phase_rows(plan.phases, rows, away, plan.seed)
         block_size, isolate, pack = plan.block_size, plan.isolate, partial(plan.pack, size=plan.block_size)
         ledger.add(write_blocks(folder / "train", store, windows, pack, block_size, isolate, seed=plan.seed))
         count_sources(ledger, Blocks(folder / "train"), rows)
@@ -139,20 +140,19 @@ def arrange(
     return Blocks(folder / "train"), eval_blocks, Ledger.load(folder / "ledger.json")
 
 
-def count_taken(
-    ledger: Ledger,
-    store: TokenStore,
-    plan: Arrangement,
-    rows: dict[str, range],
-    held_out: np.ndarray,
-    twins: np.ndarray,
-) -> None:
-    """Enter in the ledger which rows are held out, or like one that is, never taken, or taken more than once."""
+def count_away(ledger: Ledger, store: TokenStore, held_out: np.ndarray, twins: np.ndarray) -> None:
+    """Enter in the ledger which rows are held out, or like one that is."""
     ledger.rows_held_out += len(held_out)
     ledger.tokens_held_out += int(lengths_of(store.spans(held_out)).sum())
     ledger.rows_like_held_out += len(twins)
     ledger.tokens_like_held_out += int(lengths_of(store.spans(twins)).sum())
-    away = np.union1d(held_out, twins)
+    ledger.rows_kept -= len(held_out) + len(twins)
+
+
+def count_taken(
+    ledger: Ledger, store: TokenStore, plan: Arrangement, rows: dict[str, range], away: np.ndarray
+) -> None:
+    """Enter in the ledger which of the rows that are not kept away are never taken, or more than once."""
     for path, numbers in rows.items():
         passes = progress_of(path, plan.phases)[-1]
         for window in windows_of(numbers, away):
@@ -161,7 +161,7 @@ def count_taken(
             ledger.rows_unused += int((times == 0).sum())
             ledger.tokens_unused += int(lengths[times == 0].sum())
             ledger.tokens_repeated += int((lengths * np.maximum(times - 1, 0)).sum())
-    ledger.rows_kept -= ledger.rows_held_out + ledger.rows_like_held_out + ledger.rows_unused
+    ledger.rows_kept -= ledger.rows_unused
 
 
 def count_sources(ledger: Ledger, blocks: Blocks, rows: dict[str, range]) -> None:
@@ -172,12 +172,6 @@ def count_sources(ledger: Ledger, blocks: Blocks, rows: dict[str, range]) -> Non
         owners = np.searchsorted(blocks.store.token_offsets[parts], spans[:, 0], side="right")
         totals = np.bincount(owners, lengths_of(spans), len(rows)).astype(np.int64)
         ledger.tokens_by_source.update(dict(zip(rows, totals.tolist(), strict=True)))
-
-
-def windows_of(rows: range, without: np.ndarray) -> Iterator[np.ndarray]:
-    """The rows but for some, at most WINDOW at a time."""
-    for start in range(rows.start, rows.stop, WINDOW):
-        yield np.setdiff1d(np.arange(start, min(start + WINDOW, rows.stop)), without, assume_unique=True)
 
 
 def phase_rows(

@@ -13,11 +13,12 @@ from transformers import Qwen2Config
 from mini_qwen.plan_memory import Compute, LossHead, Step, memory
 from mini_qwen.plan_parameters import count_parameters
 from mini_qwen.plan_time import GPU, Network, communication_seconds, flops_per_token, num_steps
+from mini_qwen.zero_muon import ZERO_STAGE
 
 # Assumed, not measured: CUDA's context with its libraries, and memory that the allocator holds but cannot give.
 CONTEXT_BYTES, FRAGMENTATION = 1_000_000_000, 0.05
 MOST_GPUS = 1024
-MUON_STAGES = (0, 2)  # of ZeRO; see mini_qwen/zero_muon.py
+MUON_STAGES = (0, ZERO_STAGE)
 
 
 @dataclass(frozen=True)

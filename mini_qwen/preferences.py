@@ -135,7 +135,7 @@ def prepare_preferences(
         raise SystemExit(f"{both[0]} is below train_files and test_files: no test pair is trained on. Name others.")
     check_columns(test_files, PAIRS)
     train_parts, ledger = prepare_pairs(data, data.train_files, tokenizer, max_length)
-    test_parts, test_ledger = [], None
+    test_parts: list[Path] = []
     if data.test_files:
         test_parts, test_ledger = prepare_pairs(data, data.test_files, tokenizer, max_length)
         ledger.test_rows_read, ledger.test_rows_dropped = test_ledger.rows_read, test_ledger.rows_dropped

@@ -31,9 +31,10 @@ def join_rated(rows: Iterable[Row]) -> Iterator[Row]:
         prompt, answer = row.values.get("prompt"), row.values.get("completion")
         if answer is None and isinstance(row.values.get("messages"), list):
             prompt, answer = row.values["messages"][:-1], row.values["messages"][-1:]
-        row = row._replace(values={**row.values, "messages": None, "prompt": prompt, "completion": answer})
+        values = {**row.values, "messages": None, "prompt": prompt, "completion": answer, "label": label}
+        row = row._replace(values=values)
         same = waiting.setdefault(json.dumps([prompt, row.values.get("system")], sort_keys=True, default=str), [])
-        if not same or read_label(same[0].values["label"]) == label:
+        if not same or same[0].values["label"] == label:
             same.append(row)
             continue
         other = same.pop(0)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 FILES = {"ids": np.uint32, "starts": np.int64, "trained": np.uint8}
+WINDOW = 1 << 20  # rows that are packed, or looked at, together; bounds the memory that this takes
 STATE = "state.json"  # of a folder that is being written; absent from a complete one
 
 
@@ -102,7 +103,7 @@ class TokenStore:
     def rows_of(self, spans: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Of each span, the length of the row that it is a stretch of, and whether it begins that row."""
         row_lengths, begins_row = np.empty(len(spans), np.int64), np.empty(len(spans), bool)
-        owners = self.parts_of(spans)
+        owners = self.parts_of(spans[:, 0])
         for number in np.unique(owners):
             mine = owners == number
             starts, local = self.parts[number]["starts"], spans[mine, 0] - self.token_offsets[number]
@@ -113,20 +114,20 @@ class TokenStore:
     def tokens_at(self, places: np.ndarray) -> np.ndarray:
         """The ids of single tokens."""
         ids = np.empty(len(places), np.uint32)
-        owners = np.searchsorted(self.token_offsets, places, side="right") - 1
+        owners = self.parts_of(places)
         for number in np.unique(owners):
             mine = owners == number
             ids[mine] = self.parts[number]["ids"][places[mine] - self.token_offsets[number]]
         return ids
 
-    def parts_of(self, spans: np.ndarray) -> np.ndarray:
-        """The number of the folder that each span lies in."""
-        return np.searchsorted(self.token_offsets, spans[:, 0], side="right") - 1
+    def parts_of(self, places: np.ndarray) -> np.ndarray:
+        """The number of the folder that each token lies in."""
+        return np.searchsorted(self.token_offsets, places, side="right") - 1
 
     def flags_of(self, spans: np.ndarray) -> Iterator[np.ndarray]:
         """The flags of the spans that have any."""
         flagged = [number for number, part in enumerate(self.parts) if "trained" in part]
-        for start, end in spans[np.isin(self.parts_of(spans), flagged)].tolist():
+        for start, end in spans[np.isin(self.parts_of(spans[:, 0]), flagged)].tolist():
             yield self.read(start, end)[1]
 
     def read(self, start: int, end: int) -> tuple[np.ndarray, np.ndarray | None]:
@@ -142,6 +143,12 @@ class TokenStore:
         """The ids of one row."""
         ((start, end),) = self.spans(np.array([index])).tolist()
         return self.read(start, end)[0]
+
+
+def windows_of(rows: range, without: np.ndarray) -> Iterator[np.ndarray]:
+    """The numbers of rows but for some, at most WINDOW at a time."""
+    for start in range(rows.start, rows.stop, WINDOW):
+        yield np.setdiff1d(np.arange(start, min(start + WINDOW, rows.stop)), without, assume_unique=True)
 
 
 def map_file(file: Path, dtype: type) -> np.ndarray:

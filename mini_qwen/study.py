@@ -1,7 +1,5 @@
 """A study: parts measured for each checkpoint, each kept when it is finished, so that a second run goes on."""
 
-import contextlib
-import importlib.metadata
 import json
 from collections.abc import Callable
 from glob import escape
@@ -15,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mini_qwen.cache import hash_of, source_hash
 from mini_qwen.chat import TEMPLATE
 from mini_qwen.checkpoint import MANIFEST
-from mini_qwen.circumstances import device_name
+from mini_qwen.circumstances import device_name, versions_of
 from mini_qwen.files import find_files, identity
 from mini_qwen.resumption import write_whole
 from mini_qwen.training import choose_precision
@@ -78,11 +76,7 @@ class Study:
 
 def measure_versions() -> dict[str, str]:
     """Of the libraries that measure and have no part in a training; those that are not installed are left out."""
-    found = {}
-    for package in MEASURES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
+    return versions_of(MEASURES)
 
 
 def identify_checkpoint(folder: Path) -> Any:

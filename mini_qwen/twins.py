@@ -5,9 +5,7 @@ import random
 import numpy as np
 
 from mini_qwen.packing import lengths_of
-from mini_qwen.store import TokenStore
-
-WINDOW = 1 << 20  # rows that are looked at together
+from mini_qwen.store import TokenStore, windows_of
 
 
 def choose_held_out(num_rows: int, eval_rows: int, seed: int) -> np.ndarray:
@@ -23,8 +21,7 @@ def find_twins(store: TokenStore, held_out: np.ndarray) -> np.ndarray:
         return held_out
     held, wanted = {store.row(row).tobytes() for row in held_out.tolist()}, marks_of(store, held_out)
     twins = []
-    for start in range(0, len(store), WINDOW):
-        window = np.setdiff1d(np.arange(start, min(start + WINDOW, len(store))), held_out, assume_unique=True)
+    for window in windows_of(range(len(store)), held_out):
         alike = window[np.isin(marks_of(store, window), wanted)]
         twins += [row for row in alike.tolist() if store.row(row).tobytes() in held]
     return np.array(twins, np.int64)

@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+ZERO_STAGE = 2  # of DeepSpeed, the one that is tested with Muon
+
 
 def why_not_here(args: TrainingArguments) -> str | None:
     """What stands in the way of Muon under DeepSpeed, and the cure; None when nothing does."""
     stage = args.deepspeed_plugin.zero_stage
-    if stage != 2:
-        return f"the machine file's zero_stage is {stage}, and only 2 is tested with it; set it to 2"
+    if stage != ZERO_STAGE:
+        only = f"only {ZERO_STAGE} is tested with it; set it to {ZERO_STAGE}"
+        return f"the machine file's zero_stage is {stage}, and {only}"
     if args.max_grad_norm:
         return (
             f"max_grad_norm is {args.max_grad_norm}: DeepSpeed clips behind Muon's orthogonalization, where it would "

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mini_qwen import cache, mixture, twins
+from mini_qwen import cache, mixture, store
 from mini_qwen.blocks import Blocks
 from mini_qwen.cache import Part
 from mini_qwen.ledger import Ledger
@@ -200,7 +200,7 @@ def test_each_phase_takes_its_sources_and_all_phases_together_take_what_was_aske
     source_rows = {path: range(*pair) for path, pair in zip("abc", pairwise(ends), strict=True)}
     held_out = choose_held_out(ends[-1] + 1, int(share_out * ends[-1]), seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mixture, "WINDOW", window)
+        patch.setattr(store, "WINDOW", window)
         windows = list(phase_rows(phases, source_rows, held_out, seed))
     assert [number for number, _ in windows] == sorted(number for number, _ in windows)
     for number, rows in windows:
@@ -220,7 +220,7 @@ def test_windows_do_not_change_what_is_taken() -> None:
     taken = []
     for window in (3, 1000):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(mixture, "WINDOW", window)
+            patch.setattr(store, "WINDOW", window)
             windows = phase_rows(phases, {"a": range(100), "b": range(100, 130)}, np.array([4, 99, 100]), 1)
             taken.append(Counter((number, row) for number, rows in windows for row in rows.tolist()))
     assert taken[0] == taken[1]
@@ -347,7 +347,7 @@ def test_twins_are_the_rows_with_the_tokens_of_a_held_out_one(
     held_out = np.array(sorted(draw for draw in draws if draw < len(everything)), np.int64)
     held = {everything[number] for number in held_out.tolist()}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(twins, "WINDOW", window)
+        patch.setattr(store, "WINDOW", window)
         found = find_twins(TokenStore([folder / str(number) for number in range(len(parts))]), held_out).tolist()
     expected = [number for number, row in enumerate(everything) if row in held and number not in held_out]
     assert found == expected

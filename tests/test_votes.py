@@ -1,6 +1,5 @@
 """mini_qwen/votes.py and utils/votes_to_pairs.py: no vote is lost, and what a vote teaches is what was voted."""
 
-import importlib.util
 import json
 import os
 import resource
@@ -8,7 +7,6 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mini_qwen.preferences import PreferenceData, prepare_preferences
 from mini_qwen.votes import Answer, Vote, append_vote, check_votes, preference_pairs, read_votes
+from utils import votes_to_pairs as program
 
 HARD = 'line\nbreak \u2028 and "quotes" 🙂 <|im_end|> \\n {"a": 1}'
 
@@ -219,14 +218,6 @@ def test_the_program_refuses_what_holds_no_pair(tmp_path: Path) -> None:
         assert not (tmp_path / "p.jsonl").exists()
 
 
-def load_program() -> Any:
-    spec = importlib.util.spec_from_file_location("votes_program", ROOT / "utils/votes_to_pairs.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_program_overwrites_nothing_and_leaves_no_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, other = tmp_path / "votes.jsonl", tmp_path / "mine.jsonl"
     append_vote(file, vote())
@@ -234,7 +225,6 @@ def test_the_program_overwrites_nothing_and_leaves_no_half(tmp_path: Path, monke
     other.write_text("mine")
     (tmp_path / "link.jsonl").symlink_to(file)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    program = load_program()
 
     def refused(output_file: Path) -> str:
         with pytest.raises(SystemExit) as caught:
@@ -261,7 +251,7 @@ def test_the_program_overwrites_nothing_and_leaves_no_half(tmp_path: Path, monke
 
 def test_the_command_of_the_program_s_help_can_be_given_after_the_demo() -> None:
     """Its recipe is of a model that the demo has made, and its output_dir is not the demo's own."""
-    (line,) = [line for line in load_program().__doc__.splitlines() if "mini_qwen_dpo.py --config" in line]
+    (line,) = [line for line in program.__doc__.splitlines() if "mini_qwen_dpo.py --config" in line]
     words = line.split()[2:]
     options = dict(zip(words[::2], words[1::2], strict=True))
     recipe = yaml.safe_load((ROOT / options["--config"]).read_text(encoding="utf-8"))
